@@ -1,0 +1,138 @@
+"""Ray Data for training: units of the planned order are read, decoded and augmented by tasks.
+
+Each worker streams the units of its own lanes, in order. (Ray Data's own splitter would deal blocks
+by arrival; see ARCHITECTURE.md, decisions.)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import ray.data
+from ray.data import DataContext
+
+from cnnray.datasets.manifest import Split
+from cnnray.datasets.order import Batch, RowGroup, Unit, permutation, row_groups_of
+from cnnray.datasets.shards import read_row_group
+from cnnray.errors import DataError, ImageError
+from cnnray.storage import Store
+
+PREFETCH_BLOCKS = 4
+UNIT_BYTES = 16 * 1024 * 1024
+"""Decoded bytes of one unit: what a task produces at a time, times the lanes that are buffered."""
+
+Decode = Callable[..., "np.ndarray[Any, Any]"]  # (data, epoch=, key=) -> (C, H, W) uint8
+
+
+def set_up_data_context(*, stall_seconds: float) -> None:
+    """Bound Ray Data's waits in this process, keep its order, and leave progress to us."""
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.execution_no_progress_timeout_s = stall_seconds
+    context.enable_progress_bars = False
+    context.max_map_retries = 2
+    context.retried_map_errors = ["took longer than", "cannot reach the object store", "SlowDown"]
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+@dataclass(frozen=True)
+class UnitReader:
+    """Ray Data's map function: the number of a unit → its samples, decoded."""
+
+    store: Store
+    paths: tuple[str, ...]  # of the shards
+    units: tuple[Unit, ...]
+    decode: Decode
+    seed: int
+    epoch: int
+    shuffle: bool
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        [number] = batch["id"]
+        unit = self.units[int(number)]
+        table = read_row_group(
+            self.store,
+            self.paths[unit.row_group.shard],
+            unit.row_group.index,
+            columns=("key", "image", "label"),
+        ).slice(unit.start, unit.num_rows)
+        if self.shuffle:
+            table = table.take(permutation(unit, seed=self.seed, epoch=self.epoch))
+        keys = table["key"].to_pylist()
+        images = [
+            self._decode(data.as_buffer(), key)
+            for data, key in zip(table["image"], keys, strict=True)
+        ]
+        return {
+            "image": np.stack(images),
+            "label": table["label"].to_numpy().astype(np.int64),
+            "key": np.array(keys, dtype=object),
+            "lane": np.full(len(keys), unit.lane, dtype=np.int32),
+        }
+
+    def _decode(self, data: Any, key: str) -> np.ndarray[Any, Any]:
+        try:
+            return self.decode(data, epoch=self.epoch, key=key)
+        except ImageError as error:
+            raise DataError(
+                f"{key!r} of {self.store.uri} cannot be decoded any more: {error}",
+                hint="pack the dataset again",
+            ) from error
+
+
+@dataclass(frozen=True)
+class SplitReader:
+    """Reads one split of a dataset on behalf of a worker."""
+
+    store: Store
+    split: Split
+    decode: Decode
+    unit_rows: int
+
+    @property
+    def row_groups(self) -> list[RowGroup]:
+        """The row groups of the split."""
+        return row_groups_of([shard.row_groups for shard in self.split.files])
+
+    def stream(
+        self, units: Sequence[Unit], *, seed: int = 0, epoch: int = 0, shuffle: bool = False
+    ) -> Iterator[tuple[int, Batch]]:
+        """(lane, samples) of each unit, in order, through one Ray Data execution."""
+        if not units:
+            return
+        reader = UnitReader(
+            store=self.store,
+            paths=tuple(shard.path for shard in self.split.files),
+            units=tuple(units),
+            decode=self.decode,
+            seed=seed,
+            epoch=epoch,
+            shuffle=shuffle,
+        )
+        dataset = ray.data.range(len(units), override_num_blocks=len(units)).map_batches(
+            reader, batch_size=None
+        )
+        blocks = dataset.iter_batches(
+            batch_size=None, batch_format="numpy", prefetch_batches=PREFETCH_BLOCKS
+        )
+        for block in blocks:
+            yield int(block["lane"][0]), cast(Batch, block)
+
+    def whole(self, rank: int, num_workers: int) -> Iterator[Batch]:
+        """This worker's share of every row of the split, each once over all workers."""
+        units = [
+            Unit(
+                lane=0,
+                row_group=group,
+                start=start,
+                stop=min(start + self.unit_rows, group.num_rows),
+            )
+            for group in self.row_groups
+            for start in range(0, group.num_rows, self.unit_rows)
+        ]
+        for _, batch in self.stream(units[rank::num_workers]):
+            yield batch

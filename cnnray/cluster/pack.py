@@ -1,0 +1,178 @@
+"""The pack job: listing and shard writing are Ray tasks; the driver holds names, never images."""
+
+from __future__ import annotations
+
+import functools
+import io
+import logging
+import time
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cnnray.cluster.runtime import ray_cluster
+from cnnray.cluster.tasks import run_tasks
+from cnnray.config import PackSettings
+from cnnray.console import ProgressLine
+from cnnray.datasets.manifest import (
+    MANIFEST,
+    REJECTED,
+    Manifest,
+    manifest_exists,
+    read_manifest,
+)
+from cnnray.datasets.packing import PackPlan, build_manifest, plan_pack
+from cnnray.datasets.shards import PackedShard, pack_shard
+from cnnray.datasets.sources import Source, open_source
+from cnnray.errors import TooManyBadImagesError, UsageError
+from cnnray.images.decode import DecodeLimits
+from cnnray.schema import ENTRY_SCHEMA
+from cnnray.storage import Store, open_store, sha256
+
+logger = logging.getLogger(__name__)
+
+ENTRY_ORDER = [("key", "ascending"), ("path", "ascending"), ("offset", "ascending")]
+
+
+def pack(settings: PackSettings) -> dict[str, Any]:
+    """Pack, and return the job's result.
+
+    Raises ``UsageError`` when a dataset is there already, ``DataError`` when there is nothing to
+    pack, and ``TooManyBadImagesError`` (the dataset is complete) when too much was rejected.
+    """
+    started = time.perf_counter()
+    output = open_store(settings.output)
+    replaced = _check_output(output, overwrite=settings.overwrite)
+    source = open_source(
+        settings.input, format=settings.format, **settings.columns.model_dump(exclude_none=True)
+    )
+    with ray_cluster(settings.cluster):
+        entries = _list(source, stall_seconds=settings.cluster.stall_seconds)
+        plan = plan_pack(
+            entries,
+            val=settings.split.val,
+            test=settings.split.test,
+            shard_bytes=settings.shard_bytes,
+            suffix="" if replaced is None else f"-{_generation(entries)}",
+        )
+        packed = _pack_shards(plan, source=source, output=output, settings=settings)
+    manifest, rejected = build_manifest(
+        plan, packed, source={"uri": settings.input, "format": settings.format}
+    )
+    _publish(output, manifest, rejected, replaced=replaced)
+    return _result(
+        manifest, output=output, settings=settings, seconds=time.perf_counter() - started
+    )
+
+
+def _check_output(output: Store, *, overwrite: bool) -> Manifest | None:
+    """The dataset that will be replaced, or None. Raises ``UsageError`` when that is not asked."""
+    if not manifest_exists(output):
+        return None
+    if not overwrite:
+        raise UsageError(
+            f"{output.uri} holds a dataset already", hint="choose another --output, or --overwrite"
+        )
+    return read_manifest(output)
+
+
+def _generation(entries: pa.Table) -> str:
+    """Short name of this packing, so that a new dataset's files never touch the old one's."""
+    keys = "\n".join(entries["key"].to_pylist()) + str(time.time_ns())
+    return sha256(keys.encode())[:8]
+
+
+def _list(source: Source, *, stall_seconds: float) -> pa.Table:
+    """Every entry, in the order of its key: the plan must not depend on which task was first."""
+    partitions = source.partitions()
+    tables: list[pa.Table] = []
+    tasks = run_tasks(
+        functools.partial(_list_partition, source), partitions, stall_seconds=stall_seconds
+    )
+    with ProgressLine(total=len(partitions), unit="folders", label="list", seconds=10) as progress:
+        for count, (_, table) in enumerate(tasks, start=1):
+            tables.append(table)
+            progress.update(count, f"{sum(table.num_rows for table in tables):,} images")
+    return pa.concat_tables([ENTRY_SCHEMA.empty_table(), *tables]).sort_by(ENTRY_ORDER)
+
+
+def _list_partition(source: Source, partition: str) -> pa.Table:
+    return pa.concat_tables([ENTRY_SCHEMA.empty_table(), *source.list(partition)])
+
+
+def _pack_shards(
+    plan: PackPlan, *, source: Source, output: Store, settings: PackSettings
+) -> list[PackedShard]:
+    """Write every shard, and give what was written in the order of the plan."""
+    write = functools.partial(
+        pack_shard,
+        source=source,
+        store=output,
+        classes=plan.classes,
+        limits=DecodeLimits(**settings.limits.model_dump()),
+    )
+    packed: dict[str, PackedShard] = {}
+    total = sum(shard.entries.num_rows for shard in plan.shards)
+    done = rejected = 0
+    with ProgressLine(
+        total=total, unit="images", label="pack", seconds=settings.cluster.progress_seconds
+    ) as progress:
+        tasks = run_tasks(write, plan.shards, stall_seconds=settings.cluster.stall_seconds)
+        for shard, result in tasks:
+            packed[shard.path] = result
+            done += shard.entries.num_rows
+            rejected += result.rejected.num_rows
+            progress.update(done, f"{rejected:,} rejected")
+    return [packed[shard.path] for shard in plan.shards]
+
+
+def _publish(
+    output: Store, manifest: Manifest, rejected: pa.Table, *, replaced: Manifest | None
+) -> None:
+    """Make the dataset exist: its manifest comes last, and old files go once it is there."""
+    buffer = io.BytesIO()
+    pq.write_table(rejected, buffer)
+    output.write(REJECTED, buffer.getvalue())
+    if replaced is None:
+        output.create(MANIFEST, manifest.to_bytes())
+        return
+    output.write(MANIFEST, manifest.to_bytes())
+    kept = {shard.path for split in manifest.splits.values() for shard in split.files}
+    for split in replaced.splits.values():
+        for shard in split.files:
+            if shard.path not in kept:
+                output.delete(shard.path)
+
+
+def _result(
+    manifest: Manifest, *, output: Store, settings: PackSettings, seconds: float
+) -> dict[str, Any]:
+    rejected = manifest.rejected
+    logger.info(
+        "packed %s + rejected %s = %s inputs%s",
+        f"{manifest.num_samples:,}",
+        f"{rejected.total:,}",
+        f"{manifest.inputs:,}",
+        f" ({', '.join(f'{code} {n}' for code, n in rejected.by_code.items())})"
+        if rejected.total
+        else "",
+    )
+    result = {
+        "samples": manifest.num_samples,
+        "rejected": rejected.total,
+        "inputs": manifest.inputs,
+        "classes": len(manifest.classes),
+        "splits": {name: split.num_samples for name, split in manifest.splits.items()},
+        "bytes": sum(shard.bytes for split in manifest.splits.values() for shard in split.files),
+        "manifest": f"{output.uri}/{MANIFEST}",
+        "seconds": round(seconds, 1),
+    }
+    if settings.budget.exceeded(bad=rejected.total, total=manifest.inputs):
+        raise TooManyBadImagesError(
+            f"{rejected.total:,} of {manifest.inputs:,} images were rejected:"
+            f" see {output.uri}/{REJECTED}",
+            hint="the dataset is complete; raise --budget.max_fraction to accept it",
+            result=result,
+        )
+    return result

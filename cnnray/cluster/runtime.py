@@ -1,0 +1,147 @@
+"""Start or join Ray, and find out beforehand whether a job fits: it must never wait for ever."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import ray
+
+from cnnray.config import ClusterSettings, ScalingSettings
+from cnnray.errors import CnnrayError, SettingsError
+
+logger = logging.getLogger(__name__)
+
+READER_CPUS = 1.0
+"""What the stages that read data need at least, next to the workers."""
+
+
+@dataclass(frozen=True)
+class WorkerResources:
+    """What each training worker reserves."""
+
+    cpus: float
+    gpus: float
+    threads: int
+
+
+@contextlib.contextmanager
+def ray_cluster(settings: ClusterSettings) -> Iterator[None]:
+    """Ray for the length of a job: a running cluster, or a local one that is stopped again.
+
+    A Ray that the process has started before (a test's) is used and left alone.
+    Raises ``CnnrayError`` when the cluster cannot be reached.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = settings.address or os.environ.get("RAY_ADDRESS") or "local"
+    _set_ray_defaults(is_local=address == "local")
+    try:
+        if address == "local":
+            ray.init(
+                address="local",
+                num_cpus=settings.num_cpus,
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+            )
+        else:
+            ray.init(address=address, logging_level=logging.WARNING)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise CnnrayError(
+            f"cannot join Ray at {address}: {first_line}",
+            hint="check --cluster.address and RAY_ADDRESS, or leave them out for a local Ray",
+        ) from error
+    try:
+        resources = ray.cluster_resources()
+        logger.info(
+            "Ray %s: %g CPUs, %g GPUs, %d nodes",
+            address,
+            resources.get("CPU", 0),
+            resources.get("GPU", 0),
+            len(ray.nodes()),
+        )
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _set_ray_defaults(*, is_local: bool) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    # Ray sets CUDA_VISIBLE_DEVICES="" for tasks without a GPU today and warns that it will not.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if is_local and "RAY_AUTH_MODE" not in os.environ:
+        # A local Ray turns its token on by itself; given one of this process's own, it writes none
+        # to the home folder, where a later `ray start` would pick it up unasked.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+
+
+def plan_workers(scaling: ScalingSettings) -> WorkerResources:
+    """What each worker may reserve, so that workers and readers fit side by side.
+
+    Raises ``SettingsError`` when the job cannot run on this cluster at its present size, where Ray
+    would wait for ever: workers that take every CPU leave none to read their data.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    total = sum(node.get("CPU", 0.0) for node in nodes)
+    workers = scaling.num_workers
+    gpus = 1.0 if scaling.use_gpu else 0.0
+    total_gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    if gpus * workers > total_gpus:
+        raise SettingsError(
+            f"{workers} workers need {workers} GPUs, the cluster has {total_gpus:g}",
+            hint="lower --scaling.num_workers, or leave out --scaling.use_gpu",
+        )
+    cpus = scaling.cpus_per_worker or _share_of_cpus(total, workers)
+    needed = cpus * workers + READER_CPUS
+    places = sum(int(node.get("CPU", 0.0) / cpus + 1e-6) for node in nodes)
+    if needed > total + 1e-6 or places < workers:
+        raise SettingsError(
+            f"{workers} workers of {cpus:g} CPUs and {READER_CPUS:g} CPU to read data need"
+            f" {needed:g} CPUs, the cluster has {total:g} on {len(nodes)} nodes",
+            hint="lower --scaling.num_workers or --scaling.cpus_per_worker",
+        )
+    cores = os.cpu_count() or 1
+    workers_here = -(-workers // max(1, len(nodes)))
+    threads = scaling.threads_per_worker or max(1, cores // workers_here)
+    return WorkerResources(cpus=cpus, gpus=gpus, threads=threads)
+
+
+def _share_of_cpus(total: float, workers: int) -> float:
+    """Half of the CPUs for the workers, half for reading: 1 of 2, 0.5 each for two on 2."""
+    share = total / (2 * workers)
+    return float(int(share)) if share >= 1 else int(share * 100) / 100
+
+
+def find_cause(error: BaseException) -> CnnrayError | None:
+    """The cnnray error that a Ray error wraps, however deep, or None."""
+    seen: set[int] = set()
+    waiting: list[object] = [error]
+    while waiting:
+        current = waiting.pop()
+        if not isinstance(current, BaseException) or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, CnnrayError):
+            return _plain(current)
+        waiting += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        failures = getattr(current, "worker_failures", None) or {}
+        waiting += list(failures.values())
+    return None
+
+
+def _plain(error: CnnrayError) -> CnnrayError:
+    """The error without the remote traceback that Ray adds to its text."""
+    if not hasattr(error, "cause"):
+        return error
+    for kind in type(error).__mro__:
+        if issubclass(kind, CnnrayError) and kind.__module__ == "cnnray.errors":
+            return kind(str(getattr(error, "cause", error)))
+    return error

@@ -1,0 +1,69 @@
+"""Run a function over many items on Ray, with everything bounded: in flight, retries, silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import ray
+
+from cnnray.cluster.runtime import find_cause
+from cnnray.errors import CnnrayError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+MAX_RETRIES = 3
+"""Of a task whose worker died. (Ray's own default for Data tasks is without end.)"""
+IN_FLIGHT_PER_CPU = 2
+
+
+def run_tasks(
+    function: Callable[[Item], Result], items: Iterable[Item], *, stall_seconds: float
+) -> Iterator[tuple[Item, Result]]:
+    """Each item with its result, in the order in which they are done.
+
+    A ``CnnrayError`` of a task is raised as it is. Raises ``CnnrayError``, too, when a task keeps
+    killing its worker, and when nothing has finished for ``stall_seconds``.
+    """
+
+    def call(item: Item) -> Result:
+        return function(item)
+
+    remote = ray.remote(max_retries=MAX_RETRIES, num_cpus=1)(call)
+    limit = max(2, int(IN_FLIGHT_PER_CPU * ray.cluster_resources().get("CPU", 1)))
+    running: dict[Any, Item] = {}
+    source = iter(items)
+    exhausted = False
+    try:
+        while True:
+            while not exhausted and len(running) < limit:
+                try:
+                    item = next(source)
+                except StopIteration:
+                    exhausted = True
+                    break
+                running[remote.remote(item)] = item
+            if not running:
+                return
+            done, _ = ray.wait(list(running), num_returns=1, timeout=stall_seconds)
+            if not done:
+                raise CnnrayError(
+                    f"no task has finished for {stall_seconds:.0f} s",
+                    hint="look at the cluster, or raise --cluster.stall_seconds",
+                )
+            yield running.pop(done[0]), _result(done[0])
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=False)
+
+
+def _result(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayError as error:
+        cause = find_cause(error)
+        if cause is None:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            cause = CnnrayError(f"a task failed: {lines[-1]}")
+        raise cause from error

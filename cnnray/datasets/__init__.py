@@ -1,0 +1,1 @@
+"""Collections of images: sources, splits, packing, the manifest and the order of training."""

@@ -1,0 +1,113 @@
+"""What every source is, and what they share: entries, split names, concurrent reads."""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, Protocol, TypeVar
+
+import pyarrow as pa
+
+from cnnray.errors import StorageError
+from cnnray.schema import ENTRY_SCHEMA
+from cnnray.storage import READ_CONCURRENCY
+
+MAX_TABLE_ROWS = 100_000
+
+SPLIT_NAMES = {
+    "train": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
+"""What users call the splits, in lower case, and what cnnray calls them."""
+
+Item = TypeVar("Item")
+
+
+class Source(Protocol):
+    """A collection of images: lists them, partition by partition, and reads their bytes."""
+
+    def partitions(self) -> list[str]:
+        """The units of listing (a folder, a tar, a file of a table), in a fixed order; cheap.
+
+        Raises ``DataError`` when the source holds no unit at all.
+        """
+
+    def list(self, partition: str) -> Iterator[pa.Table]:
+        """The partition's inputs, in a fixed order: ``ENTRY_SCHEMA``, up to MAX_TABLE_ROWS rows.
+
+        Raises ``DataError`` where the partition is broken, after the tables that precede the break.
+        """
+
+    def read(self, entries: pa.Table) -> Iterator[bytes | StorageError]:
+        """The encoded bytes of each entry, in the order given, or the error that it met."""
+
+
+class Entry(NamedTuple):
+    """One row of ``ENTRY_SCHEMA``."""
+
+    key: str
+    path: str
+    offset: int
+    length: int
+    etag: str
+    label: str | None
+    split: str | None
+
+
+def entry_tables(entries: Iterable[Entry]) -> Iterator[pa.Table]:
+    """Gather entries into bounded tables; those before an error come out before it is raised."""
+    batch: list[Entry] = []
+    try:
+        for entry in entries:
+            batch.append(entry)
+            if len(batch) == MAX_TABLE_ROWS:
+                yield _table(batch)
+                batch = []
+    except Exception:
+        if batch:
+            yield _table(batch)
+        raise
+    if batch:
+        yield _table(batch)
+
+
+def _table(batch: list[Entry]) -> pa.Table:
+    columns = zip(*batch, strict=True)
+    arrays = [pa.array(column, f.type) for column, f in zip(columns, ENTRY_SCHEMA, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=ENTRY_SCHEMA)
+
+
+def is_hidden(key: str) -> bool:
+    """Whether the file or a folder above it is named with a leading dot: never an input."""
+    return any(part.startswith(".") for part in key.split("/"))
+
+
+def read_each(
+    read: Callable[[Item], bytes], items: Iterable[Item]
+) -> Iterator[bytes | StorageError]:
+    """Apply ``read`` to every item concurrently; results in order, few of them held at a time."""
+
+    def attempt(item: Item) -> bytes | StorageError:
+        try:
+            return read(item)
+        except StorageError as error:
+            return error
+
+    pending: deque[Future[bytes | StorageError]] = deque()
+    for item in items:
+        pending.append(_pool().submit(attempt, item))
+        if len(pending) == 2 * READ_CONCURRENCY:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    # One per process, since storage's clients, and their connections, belong to threads.
+    return ThreadPoolExecutor(READ_CONCURRENCY, thread_name_prefix="read")

@@ -1,0 +1,193 @@
+"""Random variations of training images: the same for the same (seed, epoch, key), anywhere.
+
+All in uint8 by torchvision.transforms.v2. Its operations draw from torch's default CPU generator
+and from nothing else, so that generator is seeded for each image and put back afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torchvision.transforms import v2
+
+from cnnray.images.decode import DEFAULT_LIMITS, DecodeLimits, decode_image
+from cnnray.images.transforms import INTERPOLATIONS, Preprocessing, as_tensor, fit
+
+CROPS = ("center", "random_resized", "random_pad")
+POLICIES = ("none", "randaugment", "trivialaugment")
+
+_generator_lock = threading.Lock()
+"""Two threads that share torch's default generator would take each other's numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Augmentation:
+    """What may happen to a training image, in this order. All off by default.
+
+    ``crop``: ``center``, as in evaluation; ``random_resized``: a window of ``scale_min`` to 1 of
+    the area and an aspect of up to ``ratio_max`` either way, resized (Inception crop);
+    ``random_pad``: as in evaluation, then ``pad`` mirrored pixels round it and a random window.
+    ``flip``, ``vertical_flip``: probabilities. ``rotation``: up to so many degrees either way.
+    ``policy``: ``randaugment`` (``policy_ops`` operations of strength ``policy_magnitude``, 0 to
+    30; arXiv:1909.13719) or ``trivialaugment`` (wide; arXiv:2103.10158).
+    ``color_jitter``: brightness, contrast and saturation by a factor of up to 1 plus or minus this
+    and hue by a quarter of it (in turns); grey images keep saturation and hue as they are.
+    ``erasing``: the probability that a rectangle is erased (arXiv:1708.04896).
+    What is uncovered or erased gets the mean colour: zero after normalisation.
+    Raises ``ValueError``.
+    """
+
+    crop: str = "center"
+    scale_min: float = 0.35
+    ratio_max: float = 4 / 3
+    pad: int = 0
+    flip: float = 0.0
+    vertical_flip: float = 0.0
+    rotation: float = 0.0
+    policy: str = "none"
+    policy_magnitude: int = 9
+    policy_ops: int = 2
+    color_jitter: float = 0.0
+    erasing: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("crop", CROPS), ("policy", POLICIES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+        for name, low, high in (
+            ("scale_min", 0.0, 1.0),
+            ("ratio_max", 1.0, 100.0),
+            ("pad", 0, 1024),
+            ("flip", 0.0, 1.0),
+            ("vertical_flip", 0.0, 1.0),
+            ("rotation", 0.0, 180.0),
+            ("policy_magnitude", 0, 30),
+            ("policy_ops", 1, 16),
+            ("color_jitter", 0.0, 1.0),
+            ("erasing", 0.0, 1.0),
+        ):
+            if not low <= getattr(self, name) <= high:  # also refuses NaN
+                raise ValueError(f"{name} must be from {low} to {high}, got {getattr(self, name)}")
+        if self.scale_min == 0:
+            raise ValueError("scale_min must be positive")
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether training images are those of evaluation."""
+        chances = (self.flip, self.vertical_flip, self.rotation, self.color_jitter, self.erasing)
+        return self.crop == "center" and self.policy == "none" and not any(chances)
+
+
+class TrainTransform:
+    """Decode, fit and augment: what training feeds a model.
+
+    Raises ``ValueError`` when ``pad`` is not smaller than the image.
+    """
+
+    def __init__(
+        self,
+        preprocessing: Preprocessing,
+        augmentation: Augmentation,
+        *,
+        seed: int,
+        limits: DecodeLimits = DEFAULT_LIMITS,
+    ) -> None:
+        self.preprocessing = preprocessing
+        self.augmentation = augmentation
+        self.seed = seed
+        self.limits = limits
+        self._steps = _build_steps(preprocessing, augmentation)
+
+    def __call__(self, data: bytes, *, epoch: int, key: str) -> np.ndarray:
+        """(C, size, size) uint8, a pure function of the arguments. Raises ``ImageError``."""
+        decoded = decode_image(data, channels=self.preprocessing.channels, limits=self.limits)
+        return self.augment(decoded.pixels, epoch=epoch, key=key)
+
+    def augment(self, pixels: np.ndarray, *, epoch: int, key: str) -> np.ndarray:
+        """The same from decoded (H, W, C) uint8 pixels."""
+        if self.augmentation.crop == "random_resized":
+            image = np.moveaxis(pixels, 2, 0)  # (C, H, W)
+        else:
+            image = fit(pixels, preprocessing=self.preprocessing)
+        if not self._steps:
+            return image
+        augmented = as_tensor(image)
+        with _seeded(_image_seed(self.seed, epoch=epoch, key=key)):
+            for step in self._steps:
+                augmented = step(augmented)
+        return np.ascontiguousarray(augmented.numpy())
+
+
+def _build_steps(preprocessing: Preprocessing, augmentation: Augmentation) -> list[nn.Module]:
+    mean_color = [255 * value for value in preprocessing.mean]
+    steps: list[nn.Module] = _crop_steps(preprocessing, augmentation)
+    if augmentation.flip:
+        steps.append(v2.RandomHorizontalFlip(augmentation.flip))
+    if augmentation.vertical_flip:
+        steps.append(v2.RandomVerticalFlip(augmentation.vertical_flip))
+    if augmentation.rotation:
+        bilinear = v2.InterpolationMode.BILINEAR
+        steps.append(v2.RandomRotation(augmentation.rotation, bilinear, fill=mean_color))
+    steps += _policy_steps(augmentation, mean_color)
+    if strength := augmentation.color_jitter:
+        steps.append(v2.ColorJitter(strength, strength, strength, strength / 4))
+    if augmentation.erasing:
+        steps.append(v2.RandomErasing(augmentation.erasing, value=mean_color))
+    return steps
+
+
+def _crop_steps(preprocessing: Preprocessing, augmentation: Augmentation) -> list[nn.Module]:
+    size, pad = preprocessing.size, augmentation.pad
+    if augmentation.crop == "random_resized":
+        return [
+            v2.RandomResizedCrop(
+                size,
+                scale=(augmentation.scale_min, 1.0),
+                ratio=(1 / augmentation.ratio_max, augmentation.ratio_max),
+                interpolation=INTERPOLATIONS[preprocessing.interpolation],
+                antialias=True,
+            )
+        ]
+    if augmentation.crop == "random_pad" and pad:
+        if pad >= size:  # only so many pixels can be mirrored
+            raise ValueError(f"pad must be smaller than the image, got {pad} for size {size}")
+        return [v2.Pad(pad, padding_mode="reflect"), v2.RandomCrop(size)]
+    return []
+
+
+def _policy_steps(augmentation: Augmentation, fill: list[float]) -> list[nn.Module]:
+    bilinear = v2.InterpolationMode.BILINEAR
+    if augmentation.policy == "randaugment":
+        ops, magnitude = augmentation.policy_ops, augmentation.policy_magnitude
+        return [v2.RandAugment(ops, magnitude, interpolation=bilinear, fill=fill)]
+    if augmentation.policy == "trivialaugment":
+        return [v2.TrivialAugmentWide(interpolation=bilinear, fill=fill)]
+    return []
+
+
+def _image_seed(seed: int, *, epoch: int, key: str) -> int:
+    """A stable hash; Python's own differs between processes."""
+    text = f"{seed}/{epoch}/{key}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator alone (no device is touched) and restore it afterwards."""
+    generator = torch.default_generator
+    with _generator_lock:
+        state = generator.get_state()
+        generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            generator.set_state(state)

@@ -1,0 +1,1 @@
+"""Models: build by name, load weights, normalise inside the model, save and load bundles."""

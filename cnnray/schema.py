@@ -1,0 +1,102 @@
+"""Column names, Arrow schemas and versions of every table that cnnray writes."""
+
+import pyarrow as pa
+
+DATASET_VERSION = 1
+BUNDLE_VERSION = 1
+LABELS_VERSION = 1
+
+SPLITS = ("train", "val", "test")
+
+# Why one image could not be used. ``read`` errors come from the store, the others from its bytes.
+READ_ERROR_CODES = ("missing", "read_failed")
+IMAGE_ERROR_CODES = (
+    "empty",
+    "not_image",
+    "format_not_allowed",
+    "truncated",
+    "corrupt",
+    "too_large",
+)
+
+MAX_ERROR_DETAIL = 200
+"""Characters kept of an error's detail, so that a hostile file cannot bloat a table."""
+
+SHARD_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),
+        pa.field("label", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("etag", pa.string(), nullable=False),
+    ]
+)
+"""One packed sample: its encoded bytes untouched, its class index, its size after EXIF rotation."""
+
+ENTRY_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("path", pa.string(), nullable=False),  # where the source finds it
+        pa.field("offset", pa.int64(), nullable=False),  # bytes into the object at ``path``
+        pa.field("length", pa.int64(), nullable=False),  # bytes; -1: the whole object
+        pa.field("etag", pa.string(), nullable=False),
+        pa.field("label", pa.string()),
+        pa.field("split", pa.string()),
+    ]
+)
+"""One input that a source listed: how to name it, find it, and what is known of it."""
+
+REJECTED_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("stage", pa.string(), nullable=False),  # list | read | decode
+        pa.field("error_code", pa.string(), nullable=False),
+        pa.field("error_detail", pa.string(), nullable=False),
+    ]
+)
+"""One input that was not packed, and why: packed + rejected = inputs."""
+
+TOP_K_TYPE = pa.list_(pa.struct([("label", pa.string()), ("probability", pa.float32())]))
+
+LABELS_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("etag", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),  # ok | error
+        pa.field("error_code", pa.string()),
+        pa.field("error_detail", pa.string()),
+        pa.field("label", pa.string()),
+        pa.field("label_index", pa.int32()),
+        pa.field("confidence", pa.float32()),
+        pa.field("top_k", TOP_K_TYPE),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("model", pa.string(), nullable=False),
+    ]
+)
+"""One labelled image, or one image that could not be labelled."""
+
+
+def labels_schema(embedding_dim: int | None) -> pa.Schema:
+    """The schema of label rows; with an ``embedding`` of float16[embedding_dim] if asked."""
+    if embedding_dim is None:
+        return LABELS_SCHEMA
+    position = LABELS_SCHEMA.get_field_index("width")
+    return LABELS_SCHEMA.insert(
+        position, pa.field("embedding", pa.list_(pa.float16(), embedding_dim))
+    )
+
+
+PREDICTIONS_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("label", pa.int32(), nullable=False),
+        pa.field("prediction", pa.int32(), nullable=False),
+        pa.field("confidence", pa.float32(), nullable=False),
+        pa.field("loss", pa.float32(), nullable=False),
+        pa.field("label_rank", pa.int32(), nullable=False),  # 0: the label is the top prediction
+    ]
+)
+"""One evaluated sample: class indices, confidence of the prediction, cross-entropy of the label."""

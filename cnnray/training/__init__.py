@@ -1,0 +1,1 @@
+"""Training without Ray: losses, optimizers, schedules, the loop and its checkpoints."""

@@ -1,0 +1,207 @@
+"""The training loop: a generator of epoch results that knows nothing of Ray.
+
+Data comes in as iterables of batches, results go out as values, and the only thing the ranks share
+is ``reduce``, which adds a small tensor over them (the identity on one process).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn, optim
+
+from cnnray.datasets.order import Batch
+from cnnray.errors import NonFiniteLossError
+from cnnray.training.losses import Loss
+from cnnray.training.progress import Meter, Progress
+
+Reduce = Callable[[Tensor], Tensor]
+
+FINITE_CHECK_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Additive counts: means are taken once, at the end, from sums over all ranks."""
+
+    loss_sum: float = 0.0
+    num_correct: float = 0.0
+    num_samples: float = 0.0
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of a sample."""
+        return self.loss_sum / self.num_samples if self.num_samples else math.nan
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of samples whose label has the highest logit."""
+        return self.num_correct / self.num_samples if self.num_samples else math.nan
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """What one epoch gave; losses are means over all samples of all ranks."""
+
+    epoch: int  # 0-based
+    step: int  # optimizer steps so far
+    train_loss: float
+    train_accuracy: float
+    val_loss: float | None
+    val_accuracy: float | None
+    learning_rate: float
+    samples_per_second: float
+    data_wait_fraction: float
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able record of the history."""
+        return asdict(self)
+
+
+@dataclass
+class Trainer:
+    """A model being trained: what a checkpoint saves and restores."""
+
+    model: nn.Module  # takes (B, C, H, W) uint8, gives (B, K) logits; may be wrapped in DDP
+    optimizer: optim.Optimizer
+    loss: Loss
+    learning_rate: Callable[[int], float]  # of a 0-based step
+    device: torch.device
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class EpochData:
+    """This rank's part of one epoch."""
+
+    batches: Iterable[Batch]
+    global_batch_sizes: np.ndarray[Any, Any]  # (steps,)
+    validation: Iterable[Batch]
+
+
+def run_epochs(
+    trainer: Trainer,
+    *,
+    first_epoch: int,
+    epochs: int,
+    data: Callable[[int], EpochData],
+    seed: int,
+    rank: int = 0,
+    num_workers: int = 1,
+    reduce: Reduce = lambda tensor: tensor,
+    report_seconds: float = 10.0,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Iterator[EpochResult]:
+    """Train for epochs ``first_epoch`` to ``epochs`` - 1, yielding after each one's validation.
+
+    Dropout and the like depend on (seed, epoch, rank), so that a resumed epoch repeats what an
+    uninterrupted run does. Raises ``NonFiniteLossError`` on every rank at the same step.
+    """
+    for epoch in range(first_epoch, epochs):
+        started = time.perf_counter()
+        epoch_data = data(epoch)
+        torch.manual_seed(_mix(seed, epoch, rank))
+        meter = Meter(
+            epoch=epoch,
+            epochs=epochs,
+            steps=len(epoch_data.global_batch_sizes),
+            seconds=report_seconds,
+            emit=on_progress,
+        )
+        tally = _train_epoch(
+            trainer, epoch_data, meter=meter, num_workers=num_workers, reduce=reduce
+        )
+        train_seconds = time.perf_counter() - started
+        validation = evaluate(trainer, epoch_data.validation, reduce=reduce)
+        has_validation = validation.num_samples > 0
+        yield EpochResult(
+            epoch=epoch,
+            step=trainer.step,
+            train_loss=tally.loss,
+            train_accuracy=tally.accuracy,
+            val_loss=validation.loss if has_validation else None,
+            val_accuracy=validation.accuracy if has_validation else None,
+            learning_rate=trainer.optimizer.param_groups[0]["lr"],
+            samples_per_second=tally.num_samples / train_seconds,
+            data_wait_fraction=meter.wait_seconds / train_seconds,
+            seconds=time.perf_counter() - started,
+        )
+
+
+def _train_epoch(
+    trainer: Trainer, data: EpochData, *, meter: Meter, num_workers: int, reduce: Reduce
+) -> Tally:
+    trainer.model.train()
+    sums = torch.zeros(3, dtype=torch.float64, device=trainer.device)
+    for batch, global_batch_size in zip(
+        meter.timed(data.batches), data.global_batch_sizes, strict=True
+    ):
+        # DDP averages the gradients of the ranks: with this divisor the average is the gradient of
+        # the mean over the global batch, also where ranks hold unequal parts of it.
+        divisor = float(global_batch_size) / num_workers
+        sums += _train_step(trainer, batch, divisor=divisor)
+        meter.step(int(global_batch_size), sums=sums)
+        if trainer.step % FINITE_CHECK_STEPS == 0:  # by count, not by time: all ranks must agree
+            _require_finite(reduce(sums.clone()), trainer.step)
+    total = reduce(sums)
+    _require_finite(total, trainer.step)
+    return Tally(*total.tolist())
+
+
+def _train_step(trainer: Trainer, batch: Batch, *, divisor: float) -> Tensor:
+    """One optimizer update; returns (loss sum, correct, samples) of this rank's samples."""
+    lr = trainer.learning_rate(trainer.step)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = lr
+    image, label = _to_device(batch, trainer.device)
+    logits = trainer.model(image)  # (B, K)
+    losses = trainer.loss(logits, label)  # (B,)
+    trainer.optimizer.zero_grad(set_to_none=True)
+    (losses.sum() / divisor).backward()  # type: ignore[no-untyped-call]
+    trainer.optimizer.step()
+    trainer.step += 1
+    return _count(logits.detach(), losses.detach(), label)
+
+
+def evaluate(trainer: Trainer, batches: Iterable[Batch], *, reduce: Reduce) -> Tally:
+    """Loss and accuracy over every sample of ``batches`` on all ranks."""
+    model = getattr(trainer.model, "module", trainer.model)  # ranks may hold unequal counts: no DDP
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=trainer.device)
+    with torch.inference_mode():
+        for batch in batches:
+            image, label = _to_device(batch, trainer.device)
+            logits = model(image)
+            sums += _count(logits, trainer.loss(logits, label), label)
+    return Tally(*reduce(sums).tolist())
+
+
+def _count(logits: Tensor, losses: Tensor, label: Tensor) -> Tensor:
+    correct = (logits.argmax(dim=1) == label).sum()
+    samples = torch.tensor(float(len(label)), dtype=torch.float64, device=logits.device)
+    return torch.stack([losses.double().sum(), correct.double(), samples])
+
+
+def _to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    image = torch.from_numpy(np.ascontiguousarray(batch["image"])).to(device, non_blocking=True)
+    label = torch.from_numpy(np.ascontiguousarray(batch["label"])).to(device, non_blocking=True)
+    # Convolutions are a third faster on channels-last memory, on CPUs and GPUs alike.
+    return image.contiguous(memory_format=torch.channels_last), label
+
+
+def _require_finite(sums: Tensor, step: int) -> None:
+    if not bool(torch.isfinite(sums[0])):
+        raise NonFiniteLossError(
+            f"the loss is not finite at step {step}", hint="lower --optimizer.lr, or warm up"
+        )
+
+
+def _mix(seed: int, epoch: int, rank: int) -> int:
+    return int(np.random.SeedSequence((seed, epoch, rank)).generate_state(1, np.uint64)[0] >> 1)

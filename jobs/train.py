@@ -1,0 +1,12 @@
+"""Train an image classifier on a packed dataset.
+
+python jobs/train.py --data data/flowers --output models/flowers --model.name resnet18
+ray job submit --working-dir . -- python jobs/train.py --config jobs/configs/flowers.yaml ...
+"""
+
+from cnnray.cli import run_job
+from cnnray.cluster.train import train
+from cnnray.config import TrainSettings
+
+if __name__ == "__main__":
+    run_job(TrainSettings, train)
