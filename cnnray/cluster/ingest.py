@@ -64,8 +64,7 @@ class UnitReader:
             table = table.take(permutation(unit, seed=self.seed, epoch=self.epoch))
         keys = table["key"].to_pylist()
         images = [
-            self._decode(data.as_buffer(), key)
-            for data, key in zip(table["image"], keys, strict=True)
+            self._decode(data.as_py(), key) for data, key in zip(table["image"], keys, strict=True)
         ]
         return {
             "image": np.stack(images),

@@ -27,7 +27,15 @@ from cnnray.config import TrainSettings
 from cnnray.console import ProgressLine, format_seconds
 from cnnray.datasets.manifest import Manifest, get_split, read_manifest
 from cnnray.datasets.order import EpochOrder, assemble, lanes_of, plan_epoch
-from cnnray.errors import CnnrayError, ConflictError, DataError, SettingsError, UsageError
+from cnnray.errors import (
+    CnnrayError,
+    ConflictError,
+    DataError,
+    NonFiniteLossError,
+    SettingsError,
+    StorageError,
+    UsageError,
+)
 from cnnray.images.augment import Augmentation, TrainTransform
 from cnnray.images.decode import DecodeLimits
 from cnnray.models.bundle import DOCUMENT_KEY, WEIGHTS_KEY, save_bundle
@@ -256,6 +264,8 @@ def _train_worker(config: Mapping[str, Any]) -> None:
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     set_up_data_context(stall_seconds=settings.cluster.stall_seconds)
     torch.set_num_threads(job.threads)
+    if ray.get(job.board.get_failure.remote(), timeout=60) is not None:
+        return  # restarted, but for a reason that a restart does not cure
     checkpoint = load_latest(job.run)
     trainer = _build_trainer(job, checkpoint)
     history = list(checkpoint.history) if checkpoint else []
@@ -277,9 +287,13 @@ def _train_worker(config: Mapping[str, Any]) -> None:
                 save_checkpoint(job.run, _snapshot(trainer, history), keep=settings.checkpoint.keep)
                 job.board.post.remote(result)
             ray.train.report(_numbers(history[-1]))  # every rank waits here for the checkpoint
-    except CnnrayError as error:  # raised on every rank alike: restarting would repeat it
-        if rank == 0:
-            ray.get(job.board.fail.remote(error), timeout=60)
+    except Exception as error:
+        cause = find_cause(error)
+        if cause is None or isinstance(cause, StorageError):
+            raise  # a lost worker, a store that is out of reach: a restart may help
+        ray.get(job.board.fail.remote(cause), timeout=60)
+        if not isinstance(cause, NonFiniteLossError):
+            raise  # on this rank alone: ends the others, too
 
 
 def _build_trainer(job: TrainJob, checkpoint: Checkpoint | None) -> Trainer:

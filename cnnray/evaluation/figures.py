@@ -84,7 +84,8 @@ def confusion_matrix(confusion: Counts, *, classes: Sequence[str]) -> bytes:
     num_classes = len(classes)
     support = confusion.sum(axis=1, keepdims=True)  # (K, 1)
     share = confusion / np.maximum(support, 1)  # (K, K)
-    side = min(max(3.4, 1.8 + 0.34 * num_classes), 8.0)
+    longest_name = min(max(map(len, classes)), MAX_NAME_CHARACTERS)
+    side = min(max(3.6, 1.4 + 0.34 * num_classes + 0.06 * longest_name), 8.0)  # inches
     figure, axes = _figure(width=side + 0.8, height=side)
     # The square root lifts a confusion of one per cent into sight.
     norm = PowerNorm(0.5, vmin=0, vmax=1)

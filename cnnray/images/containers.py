@@ -150,7 +150,7 @@ def _read_jpeg(data: bytes, max_pixels: int) -> Container:
             height, width = unpack_from(">HH", data, position + 5)
             is_progressive = marker & 3 == 2
             check_pixels(width, height, max_pixels=max_pixels)
-        if True:
+        if marker not in _JPEG_METADATA:
             kept.append(data[position:end])
         elif marker == 0xE1 and orientation == 1:
             orientation = _exif_orientation(data[position + 4 : end])

@@ -88,6 +88,14 @@ def test_long_csv_is_streamed_in_order_with_all_its_rows(tmp_path, entries_of):
     assert pa.concat_tables(tables)["key"].to_pylist() == [f"{n:07}" for n in range(count)]
 
 
+def test_newlines_in_names_do_not_break_a_block(tmp_path, rows_of):
+    names = [f"{number}\n" * 50 for number in range(10_000)]  # 3 MiB, mostly line breaks
+    text = "path\n" + "".join(f'"{name}"\n' for name in names)
+    assert len(text) > 2 * BLOCK_BYTES
+    rows = rows_of(open_source(write_csv(tmp_path, text=text)))
+    assert [row["key"] for row in rows] == names
+
+
 def test_parquet_integer_and_dictionary_labels_become_text(tmp_path, rows_of):
     numbers = write_parquet(tmp_path, columns={"path": ["a", "b"], "label": [7, None]})
     assert [row["label"] for row in rows_of(open_source(numbers))] == ["7", None]

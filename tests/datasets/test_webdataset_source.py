@@ -156,6 +156,7 @@ def test_only_regular_files_are_samples(tmp_path, rows_of):
             tar.addfile(info)
         tar.addfile(tarfile.TarInfo("real.jpg"))
         tar.addfile(tarfile.TarInfo("._real.jpg"))  # what macOS adds
+        tar.addfile(tarfile.TarInfo(".jpg"))
     assert [row["key"] for row in rows_of(open_source(str(tmp_path / "a.tar")))] == [
         "a.tar/real.jpg"
     ]
@@ -263,6 +264,12 @@ def raw_header(name: bytes, *, size: bytes, kind: bytes = b"0") -> bytes:
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     return bytes(header)
+
+
+def test_sparse_member_is_no_sample(tmp_path, rows_of):
+    sparse = raw_header(b"0.jpg", size=b"00000000000\0", kind=b"S")
+    (tmp_path / "a.tar").write_bytes(sparse + tar_bytes(("1.jpg", b"")))
+    assert [row["key"] for row in rows_of(open_source(str(tmp_path)))] == ["a.tar/1.jpg"]
 
 
 NEGATIVE = b"\xff" * 10 + b"\xfc\x00"  # -1024 in base 256: back to its own header

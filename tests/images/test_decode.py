@@ -359,6 +359,14 @@ def test_file_without_its_last_byte_is_truncated(valid_files):
         assert error_of(data[:-1]).code == "truncated", name
 
 
+def test_jpeg_without_its_end_marker_is_truncated(encode, picture):
+    for side in range(8, 40):  # for some sizes the decoder itself does not miss the marker
+        for mode in ("L", "RGB", "CMYK"):
+            data = encode(picture.convert(mode).resize((side, side)), "JPEG", quality=30)
+            assert error_of(data[:-1]).code == "truncated"
+            assert error_of(data[:-2]).code == "truncated"
+
+
 def test_every_cut_is_an_image_error(valid_files):
     for name, data in valid_files.items():
         step = max(1, len(data) // 200)

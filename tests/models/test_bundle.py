@@ -43,15 +43,16 @@ def test_a_loaded_bundle_gives_bit_identical_logits(
 def test_a_bundle_of_a_model_with_arguments_and_batch_norm_loads(
     store: Store, spec: BundleSpec
 ) -> None:
-    backbone = build_model("timm/resnet18", num_classes=3, channels=3, image_size=32, drop_rate=0.5)
+    name = "mobilenet_v3_small"
+    backbone = build_model(name, num_classes=3, channels=3, image_size=32, dropout=0.5)
     preprocessing = replace(spec.preprocessing, size=32, resize=36)
     model = Classifier(backbone, mean=preprocessing.mean, std=preprocessing.std)
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     model(images)  # moves the batch-norm statistics
     spec = replace(
         spec,
-        architecture="timm/resnet18",
-        arguments={"drop_rate": 0.5},
+        architecture=name,
+        arguments={"dropout": 0.5},
         preprocessing=preprocessing,
     )
     save_bundle(store, model, spec)
