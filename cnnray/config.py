@@ -40,6 +40,12 @@ class ColumnSettings(Section):
     key: str | None = None
     """column with the unique key of the image (key; otherwise the path)"""
 
+    def options(self) -> dict[str, str]:
+        """The names that were given, as options of a source."""
+        return {
+            f"{name}_column": value for name, value in self.model_dump(exclude_none=True).items()
+        }
+
 
 class LimitSettings(Section):
     """What one image may cost, checked from its header before it is decoded."""
@@ -77,7 +83,7 @@ class ClusterSettings(Section):
 
 
 class ScalingSettings(Section):
-    """Workers of training and evaluation."""
+    """Workers of training."""
 
     num_workers: PositiveInt = 1
     """data-parallel processes"""
@@ -87,6 +93,17 @@ class ScalingSettings(Section):
     """CPUs reserved for each worker (as many as leave room for reading the data)"""
     threads_per_worker: PositiveInt | None = None
     """torch threads of each worker (the node's cores shared among its workers)"""
+
+
+class InferenceScalingSettings(Section):
+    """Actors that decode and infer."""
+
+    num_workers: PositiveInt | None = None
+    """actors (one for each GPU with use_gpu, else one for each CPU)"""
+    use_gpu: bool = False
+    """one GPU for each actor"""
+    cpus_per_worker: PositiveFloat = 1.0
+    """CPUs reserved for each actor; also its torch threads"""
 
 
 class SplitSettings(Section):
@@ -289,7 +306,7 @@ class EvaluateSettings(JobSettings):
     """split to evaluate"""
     batch_size: PositiveInt = 64
     """samples of one forward pass"""
-    scaling: ScalingSettings = ScalingSettings()
+    scaling: InferenceScalingSettings = InferenceScalingSettings()
     limits: LimitSettings = LimitSettings()
     overwrite: bool = False
     """replace the evaluation at output"""
@@ -317,9 +334,18 @@ class ClassifySettings(JobSettings):
     """images of one task"""
     batch_size: PositiveInt = 64
     """images of one forward pass"""
-    scaling: ScalingSettings = ScalingSettings()
+    scaling: InferenceScalingSettings = InferenceScalingSettings()
     limits: LimitSettings = LimitSettings()
     budget: BudgetSettings = BudgetSettings()
+
+
+class DemoSettings(JobSettings):
+    """Run the whole path on the handwritten digits that come with scikit-learn."""
+
+    output: str = "demo"
+    """folder for the images, the dataset, the model, the report and the labels"""
+    epochs: PositiveInt = 12
+    """passes over the training split"""
 
 
 Settings = TypeVar("Settings", bound=JobSettings)

@@ -28,10 +28,10 @@ UNIT_BYTES = 16 * 1024 * 1024
 Decode = Callable[..., "np.ndarray[Any, Any]"]  # (data, epoch=, key=) -> (C, H, W) uint8
 
 
-def set_up_data_context(*, stall_seconds: float) -> None:
-    """Bound Ray Data's waits in this process, keep its order, and leave progress to us."""
+def set_up_data_context(*, stall_seconds: float, preserve_order: bool) -> None:
+    """Bound Ray Data's waits in this process, and leave progress to us."""
     context = DataContext.get_current()
-    context.execution_options.preserve_order = True
+    context.execution_options.preserve_order = preserve_order
     context.execution_no_progress_timeout_s = stall_seconds
     context.enable_progress_bars = False
     context.max_map_retries = 2

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cnnray.cluster.listing import list_entries
 from cnnray.cluster.runtime import ray_cluster
 from cnnray.cluster.tasks import run_tasks
 from cnnray.config import PackSettings
@@ -27,7 +28,6 @@ from cnnray.datasets.shards import PackedShard, pack_shard
 from cnnray.datasets.sources import Source, open_source
 from cnnray.errors import TooManyBadImagesError, UsageError
 from cnnray.images.decode import DecodeLimits
-from cnnray.schema import ENTRY_SCHEMA
 from cnnray.storage import Store, open_store, sha256
 
 logger = logging.getLogger(__name__)
@@ -44,11 +44,10 @@ def pack(settings: PackSettings) -> dict[str, Any]:
     started = time.perf_counter()
     output = open_store(settings.output)
     replaced = _check_output(output, overwrite=settings.overwrite)
-    source = open_source(
-        settings.input, format=settings.format, **settings.columns.model_dump(exclude_none=True)
-    )
+    source = open_source(settings.input, format=settings.format, **settings.columns.options())
     with ray_cluster(settings.cluster):
-        entries = _list(source, stall_seconds=settings.cluster.stall_seconds)
+        entries = list_entries(source, stall_seconds=settings.cluster.stall_seconds)
+        entries = entries.sort_by(ENTRY_ORDER)  # the plan depends on the keys alone
         plan = plan_pack(
             entries,
             val=settings.split.val,
@@ -81,24 +80,6 @@ def _generation(entries: pa.Table) -> str:
     """Short name of this packing, so that a new dataset's files never touch the old one's."""
     keys = "\n".join(entries["key"].to_pylist()) + str(time.time_ns())
     return sha256(keys.encode())[:8]
-
-
-def _list(source: Source, *, stall_seconds: float) -> pa.Table:
-    """Every entry, in the order of its key: the plan must not depend on which task was first."""
-    partitions = source.partitions()
-    tables: list[pa.Table] = []
-    tasks = run_tasks(
-        functools.partial(_list_partition, source), partitions, stall_seconds=stall_seconds
-    )
-    with ProgressLine(total=len(partitions), unit="folders", label="list", seconds=10) as progress:
-        for count, (_, table) in enumerate(tasks, start=1):
-            tables.append(table)
-            progress.update(count, f"{sum(table.num_rows for table in tables):,} images")
-    return pa.concat_tables([ENTRY_SCHEMA.empty_table(), *tables]).sort_by(ENTRY_ORDER)
-
-
-def _list_partition(source: Source, partition: str) -> pa.Table:
-    return pa.concat_tables([ENTRY_SCHEMA.empty_table(), *source.list(partition)])
 
 
 def _pack_shards(

@@ -262,7 +262,7 @@ def _train_worker(config: Mapping[str, Any]) -> None:
     settings = job.settings
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
-    set_up_data_context(stall_seconds=settings.cluster.stall_seconds)
+    set_up_data_context(stall_seconds=settings.cluster.stall_seconds, preserve_order=True)
     torch.set_num_threads(job.threads)
     if ray.get(job.board.get_failure.remote(), timeout=60) is not None:
         return  # restarted, but for a reason that a restart does not cure

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from cnnray import __version__
 from cnnray.datasets.manifest import Manifest, Rejected, Split, Statistics
 from cnnray.datasets.shards import PackedShard, ShardPlan
+from cnnray.datasets.sources import is_first_of_key
 from cnnray.datasets.splits import ORDER_SALT, assign_splits, hash_keys
 from cnnray.errors import DataError
 from cnnray.schema import DATASET_VERSION, REJECTED_SCHEMA, SPLITS
@@ -78,10 +79,7 @@ def sort_classes(names: Sequence[str]) -> tuple[str, ...]:
 
 def _refuse(entries: pa.Table) -> tuple[pa.Table, pa.Table]:
     """Entries without a label and second uses of a key, and the others."""
-    order = pa.array(np.arange(entries.num_rows))
-    numbered = pa.table({"key": entries["key"], "row": order})
-    first = numbered.group_by("key").aggregate([("row", "min")])["row_min"]
-    is_first = pc.is_in(order, value_set=first.combine_chunks())
+    is_first = is_first_of_key(entries)
     has_label = pc.is_valid(entries["label"])
     duplicates = entries.filter(pc.invert(is_first))
     unlabelled = entries.filter(pc.and_(is_first, pc.invert(has_label)))

@@ -1,1 +1,1 @@
-"""Bulk labelling without Ray: the plan, the labeller, assembling rows into parts, publishing them."""
+"""Bulk labelling without Ray: the plan, the labeller, rows assembled into parts, publishing."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from cnnray.datasets.sources import is_first_of_key
 from cnnray.storage import sha256
 
 
@@ -34,7 +32,7 @@ class LabelPlan:
     @property
     def num_parts(self) -> int:
         """Output files."""
-        return math.ceil(self.entries.num_rows / self.part_rows)
+        return -(-int(self.entries.num_rows) // self.part_rows)
 
     @property
     def digest(self) -> str:
@@ -61,7 +59,5 @@ class LabelPlan:
 
 def plan_labels(entries: pa.Table, *, part_rows: int, chunk_rows: int) -> LabelPlan:
     """Plan to label each key once; of inputs with the same key the first one counts."""
-    row = pa.array(np.arange(entries.num_rows))
-    first = pa.table({"key": entries["key"], "row": row}).group_by("key").aggregate([("row", "min")])
-    kept = entries.filter(pc.is_in(row, value_set=first["row_min"].combine_chunks()))
+    kept = entries.filter(is_first_of_key(entries))
     return LabelPlan(kept, part_rows, chunk_rows, entries.num_rows - kept.num_rows)

@@ -22,7 +22,7 @@ class TutorialCNN(nn.Module):
     padded by one pixel, because unpadded ones would leave nothing to flatten.
 
     forward: (B, C, H, W) with H = W = ``image_size`` -> logits (B, K). Raises ``ModelError`` for
-    images below 4 px. Source: the Keras example "Simple MNIST convnet", with its Dense 64 variant.
+    images below 4 px. Source: the Keras tutorial on image classification.
     """
 
     def __init__(self, num_classes: int, channels: int, image_size: int) -> None:
@@ -42,8 +42,8 @@ class TutorialCNN(nn.Module):
     def _initialise(self) -> None:
         """Draw weights as Keras does, so that a run can be compared with the tutorial's.
 
-        Glorot uniform (Glorot and Bengio, 2010) and zero biases; PyTorch's default draws from a
-        narrower range and learns measurably slower in the first epochs.
+        Glorot uniform, ±sqrt(6 / (fan in + fan out)) (Glorot and Bengio, 2010), and zero biases.
+        PyTorch's default is another distribution, ±1 / sqrt(fan in), for biases too.
         """
         for layer in (self.conv1, self.conv2, self.dense, self.head):
             nn.init.xavier_uniform_(layer.weight)

@@ -190,8 +190,10 @@ def _count(logits: Tensor, losses: Tensor, label: Tensor) -> Tensor:
 
 
 def _to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    image = torch.from_numpy(np.ascontiguousarray(batch["image"])).to(device, non_blocking=True)
-    label = torch.from_numpy(np.ascontiguousarray(batch["label"])).to(device, non_blocking=True)
+    # Arrays from the object store are read-only, which torch does not know: copies are writable.
+    image = torch.from_numpy(np.require(batch["image"], requirements=["C", "W"]))
+    label = torch.from_numpy(np.require(batch["label"], requirements=["C", "W"]))
+    image, label = image.to(device, non_blocking=True), label.to(device, non_blocking=True)
     # Convolutions are a third faster on channels-last memory, on CPUs and GPUs alike.
     return image.contiguous(memory_format=torch.channels_last), label
 

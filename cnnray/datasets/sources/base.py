@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cnnray.errors import StorageError
 from cnnray.schema import ENTRY_SCHEMA
@@ -57,6 +59,15 @@ class Entry(NamedTuple):
     etag: str
     label: str | None
     split: str | None
+
+
+def is_first_of_key(entries: pa.Table) -> pa.BooleanArray:
+    """For each entry, whether none before it has its key."""
+    row = pa.array(np.arange(entries.num_rows))
+    first = (
+        pa.table({"key": entries["key"], "row": row}).group_by("key").aggregate([("row", "min")])
+    )
+    return pc.is_in(row, value_set=first["row_min"].combine_chunks())
 
 
 def entry_tables(entries: Iterable[Entry]) -> Iterator[pa.Table]:

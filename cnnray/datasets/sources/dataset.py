@@ -31,7 +31,9 @@ class DatasetSource:
         with self.store.open(partition) as file:
             table = pq.ParquetFile(file).read(columns=["key", "etag"])
         yield from entry_tables(
-            Entry(key=key, path=partition, offset=row, length=-1, etag=etag, label=None, split=split)
+            Entry(
+                key=key, path=partition, offset=row, length=-1, etag=etag, label=None, split=split
+            )
             for row, (key, etag) in enumerate(
                 zip(table["key"].to_pylist(), table["etag"].to_pylist(), strict=True)
             )

@@ -7,7 +7,9 @@ import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from cnnray.datasets.manifest import MANIFEST
 from cnnray.datasets.sources.base import Source, is_hidden
+from cnnray.datasets.sources.dataset import DatasetSource
 from cnnray.datasets.sources.folder import FolderSource
 from cnnray.datasets.sources.idx import IdxSource, is_idx_name
 from cnnray.datasets.sources.table import TableSource
@@ -19,7 +21,7 @@ from cnnray.datasets.sources.webdataset import (
 from cnnray.errors import DataError, MissingObjectError, SettingsError
 from cnnray.storage import Store, open_store, split_uri
 
-FORMATS = ("auto", "folder", "table", "webdataset", "idx")
+FORMATS = ("auto", "folder", "table", "webdataset", "idx", "dataset")
 
 PEEK_FILES = 1000
 """Files of a folder that are looked at to tell what it is."""
@@ -38,9 +40,10 @@ def open_source(
     """Open the images at ``uri``, telling their format by what lies there.
 
     A .csv or .parquet file, or a folder of nothing but .parquet, is a table; a .tar, or a folder of
-    tars without images beside them, is a webdataset; ``*-ubyte[.gz]`` are idx; all else is a
-    folder of images. Options (``path_column``, ``label_column``, ``split_column``, ``key_column``)
-    belong to tables; None is the same as leaving one out.
+    tars without images beside them, is a webdataset; ``*-ubyte[.gz]`` are idx; a packed dataset is
+    known by its manifest; all else is a folder of images. Options (``path_column``,
+    ``label_column``, ``split_column``, ``key_column``) belong to tables; None is the same as
+    leaving one out.
 
     Raises ``DataError`` when there are no images at all, ``SettingsError`` for a wrong option.
     """
@@ -59,6 +62,8 @@ def open_source(
         return WebDatasetSource(store=place.store, file=place.file, labelled=labelled)
     if chosen == "idx":
         return IdxSource(store=place.store, file=place.file, labelled=labelled)
+    if chosen == "dataset":
+        return DatasetSource(store=place.store)
     raise SettingsError(f"no format {format!r}", hint=f"use one of {', '.join(FORMATS)}")
 
 
@@ -101,6 +106,8 @@ def _detect(place: _Place) -> str:
     if place.file is not None:
         return _detect_file(place)
     suffixes = {PurePosixPath(name).suffix.lower() for name in place.names}
+    if MANIFEST in place.names and suffixes == {".json", ".parquet"}:
+        return "dataset"
     if suffixes == {".parquet"}:
         return "table"
     if suffixes.intersection(IMAGE_SUFFIXES):
