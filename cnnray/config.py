@@ -40,7 +40,7 @@ class ColumnSettings(Section):
     key: str | None = None
     """column with the unique key of the image (key; otherwise the path)"""
 
-    def options(self) -> dict[str, str]:
+    def options(self) -> dict[str, Any]:
         """The names that were given, as options of a source."""
         return {
             f"{name}_column": value for name, value in self.model_dump(exclude_none=True).items()
