@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -32,6 +33,7 @@ def run_job(
         settings = load_settings(settings_class, arguments)
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result alone
             result = job(settings)
+        _print_result(result)
     except CnnrayError as error:
         _print_result(error.result)
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
@@ -39,7 +41,9 @@ def run_job(
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)  # noqa: T201
         _exit(130)
-    _print_result(result)
+    except Exception:
+        traceback.print_exc()  # a bug, not a user's mistake; the process must end all the same
+        _exit(1)
     _exit(0)
 
 

@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from cnnray.errors import SettingsError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+def _whole_number(value: Any) -> Any:
+    """A flag's text as the number that a Literal wants."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 class Section(BaseModel):
@@ -76,6 +81,8 @@ class ClusterSettings(Section):
     """host:port of a running cluster, auto for the one on this machine, local for a new one"""
     num_cpus: PositiveInt | None = None
     """logical CPUs of a local Ray (the machine's)"""
+    worker_logs: bool = False
+    """copy all that workers print to this log (errors and warnings are shown anyway)"""
     progress_seconds: PositiveFloat = 10.0
     """seconds between two progress lines in a log"""
     stall_seconds: PositiveFloat = 600.0
@@ -141,7 +148,7 @@ class ImageSettings(Section):
     """pixels of the short side before the centre crop (size / 0.875; size where all are alike)"""
     interpolation: Literal["bilinear", "bicubic"] | None = None
     """resampling filter (that of the pretrained model, else bilinear)"""
-    channels: Literal[1, 3] | None = None
+    channels: Annotated[Literal[1, 3], BeforeValidator(_whole_number)] | None = None
     """1 grey, 3 colour (1 for a grey dataset and tutorial_cnn, else 3)"""
 
 
@@ -276,7 +283,7 @@ class TrainSettings(JobSettings):
     """passes over the training split"""
     global_batch_size: PositiveInt = 32
     """samples of one optimizer step, over all workers"""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """of the initial weights, the sample order, augmentation and dropout"""
     model: ModelSettings = ModelSettings()
     image: ImageSettings = ImageSettings()
@@ -357,7 +364,7 @@ def load_settings(settings_class: type[Settings], argv: Sequence[str]) -> Settin
     known = set(_setting_names(settings_class))
     for flag in flags:
         if flag.startswith("--"):
-            _check_known(flag[2:].split("=", 1)[0], known, where="flag --")
+            _check_known(flag[2:].split("=", 1)[0], known, kind="flag --")
     values = {} if config_path is None else _read_yaml(config_path, known)
     try:
         return settings_class(_cli_parse_args=list(flags), **values)
@@ -400,7 +407,7 @@ def _read_yaml(path: str, known: set[str]) -> dict[str, Any]:
             f"{path}: settings are 'name: value' lines, found {type(values).__name__}"
         )
     for name in _dotted(values):
-        _check_known(name, known, where=f"{path}: setting ")
+        _check_known(name, known, kind="setting ", where=f" in {path}")
     return values
 
 
@@ -419,7 +426,7 @@ def _setting_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _setting_names(field.annotation, f"{prefix}{name}.")
 
 
-def _check_known(name: str, known: set[str], *, where: str) -> None:
+def _check_known(name: str, known: set[str], *, kind: str, where: str = "") -> None:
     plain = name.removeprefix("no-") if name.startswith("no-") else name
     if plain in known or name == "help":
         return
@@ -427,7 +434,7 @@ def _check_known(name: str, known: set[str], *, where: str) -> None:
     if not close:  # "--lr" for "--optimizer.lr"
         close = [full for full in sorted(known) if full.rsplit(".", 1)[-1] == name][:1]
     raise SettingsError(
-        f"unknown {where}{name}", hint=f"did you mean {close[0]}?" if close else "see --help"
+        f"unknown {kind}{name}{where}", hint=f"did you mean {close[0]}?" if close else "see --help"
     )
 
 

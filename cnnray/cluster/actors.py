@@ -7,12 +7,14 @@ take every CPU of the cluster, where any other stage would wait for one for ever
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
+import ray.util.annotations
 import torch
 from ray.data import ActorPoolStrategy
 
@@ -63,17 +65,19 @@ def map_tables(
     """
     tables = list(tables)
     set_up_data_context(stall_seconds=stall_seconds, preserve_order=False)
-    results = ray.data.from_arrow(tables).map_batches(
-        actor,
-        fn_constructor_kwargs=arguments,
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=plan_actors(scaling, num_tables=len(tables))),
-        num_cpus=scaling.cpus_per_worker,
-        num_gpus=1 if scaling.use_gpu else None,
-        max_restarts=MAX_RESTARTS,
-        max_task_retries=MAX_RESTARTS,
-    )
+    with warnings.catch_warnings():  # 2.60 has no other way to bound restarts
+        warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
+        results = ray.data.from_arrow(tables).map_batches(
+            actor,
+            fn_constructor_kwargs=arguments,
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=plan_actors(scaling, num_tables=len(tables))),
+            num_cpus=scaling.cpus_per_worker,
+            num_gpus=1 if scaling.use_gpu else None,
+            max_restarts=MAX_RESTARTS,
+            max_task_retries=MAX_RESTARTS,
+        )
     try:
         yield from results.iter_batches(batch_size=None, batch_format="pyarrow")
     except (ray.exceptions.RayError, RuntimeError) as error:

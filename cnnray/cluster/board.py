@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -40,6 +41,18 @@ class Board:
 def start_board() -> Any:
     """An actor that holds a board; it takes no CPU."""
     return ray.remote(num_cpus=0)(Board).remote()
+
+
+class BoardHandler(logging.Handler):
+    """Sends a worker's warnings to the board, so that they reach the driver's log."""
+
+    def __init__(self, board: Any) -> None:
+        super().__init__(level=logging.WARNING)
+        self.board = board
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Post the message."""
+        self.board.post.remote(record.getMessage())
 
 
 class BoardReader:

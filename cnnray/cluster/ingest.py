@@ -23,7 +23,12 @@ from cnnray.storage import Store
 
 PREFETCH_BLOCKS = 4
 UNIT_BYTES = 16 * 1024 * 1024
-"""Decoded bytes of one unit: what a task produces at a time, times the lanes that are buffered."""
+"""Decoded bytes of one unit, at most: a worker holds one unit for each of its lanes."""
+UNIT_ROWS = 512
+"""Rows of one unit, at most: the first batch needs one unit of every lane."""
+UNITS_PER_EXECUTION = 4000
+KEPT_BYTES = 256 * 1024 * 1024
+"""Decoded bytes of a validation split that a worker keeps instead of reading it every epoch."""
 
 Decode = Callable[..., "np.ndarray[Any, Any]"]  # (data, epoch=, key=) -> (C, H, W) uint8
 
@@ -36,7 +41,7 @@ def set_up_data_context(*, stall_seconds: float, preserve_order: bool) -> None:
     context.enable_progress_bars = False
     context.max_map_retries = 2
     context.retried_map_errors = ["took longer than", "cannot reach the object store", "SlowDown"]
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -45,15 +50,14 @@ class UnitReader:
 
     store: Store
     paths: tuple[str, ...]  # of the shards
-    units: tuple[Unit, ...]
+    units: tuple[tuple[int, Unit], ...]  # with the epoch that each one is for
     decode: Decode
     seed: int
-    epoch: int
     shuffle: bool
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         [number] = batch["id"]
-        unit = self.units[int(number)]
+        epoch, unit = self.units[int(number)]
         table = read_row_group(
             self.store,
             self.paths[unit.row_group.shard],
@@ -61,10 +65,11 @@ class UnitReader:
             columns=("key", "image", "label"),
         ).slice(unit.start, unit.num_rows)
         if self.shuffle:
-            table = table.take(permutation(unit, seed=self.seed, epoch=self.epoch))
+            table = table.take(permutation(unit, seed=self.seed, epoch=epoch))
         keys = table["key"].to_pylist()
         images = [
-            self._decode(data.as_py(), key) for data, key in zip(table["image"], keys, strict=True)
+            self._decode(data.as_py(), epoch=epoch, key=key)
+            for data, key in zip(table["image"], keys, strict=True)
         ]
         return {
             "image": np.stack(images),
@@ -73,9 +78,9 @@ class UnitReader:
             "lane": np.full(len(keys), unit.lane, dtype=np.int32),
         }
 
-    def _decode(self, data: Any, key: str) -> np.ndarray[Any, Any]:
+    def _decode(self, data: bytes, *, epoch: int, key: str) -> np.ndarray[Any, Any]:
         try:
-            return self.decode(data, epoch=self.epoch, key=key)
+            return self.decode(data, epoch=epoch, key=key)
         except ImageError as error:
             raise DataError(
                 f"{key!r} of {self.store.uri} cannot be decoded any more: {error}",
@@ -91,16 +96,42 @@ class SplitReader:
     split: Split
     decode: Decode
     unit_rows: int
+    seed: int
 
     @property
     def row_groups(self) -> list[RowGroup]:
         """The row groups of the split."""
         return row_groups_of([shard.row_groups for shard in self.split.files])
 
-    def stream(
-        self, units: Sequence[Unit], *, seed: int = 0, epoch: int = 0, shuffle: bool = False
+    def stream_epochs(
+        self, epochs: range, units_of: Callable[[int], Sequence[Unit]]
     ) -> Iterator[tuple[int, Batch]]:
-        """(lane, samples) of each unit, in order, through one Ray Data execution."""
+        """(lane, samples) of the units of one epoch after another, shuffled.
+
+        One Ray Data execution reads as many epochs as make ``UNITS_PER_EXECUTION`` units, so that
+        the next epoch is read ahead while this one ends and is validated.
+        """
+        pending: list[tuple[int, Unit]] = []
+        for epoch in epochs:
+            pending += [(epoch, unit) for unit in units_of(epoch)]
+            if len(pending) >= UNITS_PER_EXECUTION or epoch == epochs[-1]:
+                yield from self._stream(pending, shuffle=True)
+                pending = []
+
+    def share(self, rank: int, num_workers: int) -> Iterator[Batch]:
+        """This worker's share of the split as it is: each row once over all workers."""
+        units = [
+            Unit(0, group, start, min(start + self.unit_rows, group.num_rows))
+            for group in self.row_groups
+            for start in range(0, group.num_rows, self.unit_rows)
+        ]
+        own = [(0, unit) for unit in units[rank::num_workers]]
+        for _, batch in self._stream(own, shuffle=False):
+            yield batch
+
+    def _stream(
+        self, units: Sequence[tuple[int, Unit]], *, shuffle: bool
+    ) -> Iterator[tuple[int, Batch]]:
         if not units:
             return
         reader = UnitReader(
@@ -108,8 +139,7 @@ class SplitReader:
             paths=tuple(shard.path for shard in self.split.files),
             units=tuple(units),
             decode=self.decode,
-            seed=seed,
-            epoch=epoch,
+            seed=self.seed,
             shuffle=shuffle,
         )
         dataset = ray.data.range(len(units), override_num_blocks=len(units)).map_batches(
@@ -121,17 +151,24 @@ class SplitReader:
         for block in blocks:
             yield int(block["lane"][0]), cast(Batch, block)
 
-    def whole(self, rank: int, num_workers: int) -> Iterator[Batch]:
-        """This worker's share of every row of the split, each once over all workers."""
-        units = [
-            Unit(
-                lane=0,
-                row_group=group,
-                start=start,
-                stop=min(start + self.unit_rows, group.num_rows),
-            )
-            for group in self.row_groups
-            for start in range(0, group.num_rows, self.unit_rows)
-        ]
-        for _, batch in self.stream(units[rank::num_workers]):
+
+class KeptBatches:
+    """The batches of a split that is passed over again and again: kept where they are small."""
+
+    def __init__(self, read: Callable[[], Iterator[Batch]]) -> None:
+        self.read = read
+        self.kept: list[Batch] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.kept is not None:
+            yield from self.kept
+            return
+        batches: list[Batch] = []
+        num_bytes = 0
+        for batch in self.read():
+            num_bytes += batch["image"].nbytes
+            if num_bytes <= KEPT_BYTES:
+                batches.append(batch)
             yield batch
+        if num_bytes <= KEPT_BYTES:
+            self.kept = batches

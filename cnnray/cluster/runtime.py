@@ -47,10 +47,15 @@ def ray_cluster(settings: ClusterSettings) -> Iterator[None]:
                 address="local",
                 num_cpus=settings.num_cpus,
                 include_dashboard=False,
+                log_to_driver=settings.worker_logs,
                 logging_level=logging.WARNING,
             )
         else:
-            ray.init(address=address, logging_level=logging.WARNING)
+            ray.init(
+                address=address,
+                log_to_driver=settings.worker_logs,
+                logging_level=logging.WARNING,
+            )
     except (ConnectionError, ValueError, RuntimeError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise CnnrayError(

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray.train
@@ -20,8 +20,14 @@ import torch
 import torch.distributed
 
 from cnnray import __version__
-from cnnray.cluster.board import BoardReader, start_board
-from cnnray.cluster.ingest import UNIT_BYTES, SplitReader, set_up_data_context
+from cnnray.cluster.board import BoardHandler, BoardReader, start_board
+from cnnray.cluster.ingest import (
+    UNIT_BYTES,
+    UNIT_ROWS,
+    KeptBatches,
+    SplitReader,
+    set_up_data_context,
+)
 from cnnray.cluster.runtime import WorkerResources, find_cause, plan_workers, ray_cluster
 from cnnray.config import TrainSettings
 from cnnray.console import ProgressLine, format_seconds
@@ -199,7 +205,8 @@ def _reader(
             seed=settings.seed,
             limits=DecodeLimits(**settings.limits.model_dump()),
         ),
-        unit_rows=max(1, UNIT_BYTES // image_bytes),
+        unit_rows=max(1, min(UNIT_ROWS, UNIT_BYTES // image_bytes)),
+        seed=settings.seed,
     )
 
 
@@ -231,6 +238,7 @@ def _fit(job: TrainJob, resources: WorkerResources) -> None:
             run_config=ray.train.RunConfig(
                 name="cnnray",
                 storage_path=ray_state,  # checkpoints are ours; Ray keeps only its own notes here
+                logging_config=ray.train.LoggingConfig(log_level="WARNING"),
                 failure_config=ray.train.FailureConfig(
                     max_failures=job.settings.checkpoint.max_restarts, controller_failure_limit=3
                 ),
@@ -250,10 +258,9 @@ def _fit(job: TrainJob, resources: WorkerResources) -> None:
 
 
 def _worker_failure(error: Exception) -> CnnrayError:
-    last_line = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-    return CnnrayError(
-        f"training failed: {last_line[0]}", hint="the log above has the worker's traceback"
-    )
+    logger.error("%s", error)  # Ray puts the worker's traceback in the text
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return CnnrayError(f"training failed: {lines[-1].strip()}")
 
 
 def _train_worker(config: Mapping[str, Any]) -> None:
@@ -264,6 +271,8 @@ def _train_worker(config: Mapping[str, Any]) -> None:
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     set_up_data_context(stall_seconds=settings.cluster.stall_seconds, preserve_order=True)
     torch.set_num_threads(job.threads)
+    if rank == 0:
+        logging.getLogger("cnnray").addHandler(BoardHandler(job.board))
     if ray.get(job.board.get_failure.remote(), timeout=60) is not None:
         return  # restarted, but for a reason that a restart does not cure
     checkpoint = load_latest(job.run)
@@ -274,7 +283,7 @@ def _train_worker(config: Mapping[str, Any]) -> None:
             trainer,
             first_epoch=len(history),
             epochs=settings.epochs,
-            data=lambda epoch: _epoch_data(job, epoch, rank=rank, num_workers=num_workers),
+            data=_epoch_feeder(job, len(history), rank=rank, num_workers=num_workers),
             seed=settings.seed,
             rank=rank,
             num_workers=num_workers,
@@ -339,17 +348,27 @@ def _order(job: TrainJob, *, epoch: int) -> EpochOrder:
     )
 
 
-def _epoch_data(job: TrainJob, epoch: int, *, rank: int, num_workers: int) -> EpochData:
-    order = _order(job, epoch=epoch)
+def _epoch_feeder(
+    job: TrainJob, first_epoch: int, *, rank: int, num_workers: int
+) -> Callable[[int], EpochData]:
+    """This rank's data of each epoch, asked for in turn, out of one stream that reads ahead."""
     lanes = lanes_of(rank, num_workers=num_workers)
-    blocks = job.train.stream(
-        order.units_of(lanes), seed=job.settings.seed, epoch=epoch, shuffle=True
+    blocks = job.train.stream_epochs(
+        range(first_epoch, job.settings.epochs),
+        lambda epoch: _order(job, epoch=epoch).units_of(lanes),
     )
-    return EpochData(
-        batches=assemble(order, blocks, lanes=lanes),
-        global_batch_sizes=order.batch_sizes,
-        validation=job.val.whole(rank, num_workers) if job.val else (),
-    )
+    val = job.val
+    validation = () if val is None else KeptBatches(lambda: val.share(rank, num_workers))
+
+    def feed(epoch: int) -> EpochData:
+        order = _order(job, epoch=epoch)
+        return EpochData(
+            batches=assemble(order, blocks, lanes=lanes),
+            global_batch_sizes=order.batch_sizes,
+            validation=validation,
+        )
+
+    return feed
 
 
 def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
@@ -378,8 +397,10 @@ class _TrainingDisplay(ProgressLine):
         super().__init__(total=0, unit="step", label="train", seconds=seconds)
 
     def show(self, message: Any) -> None:
-        """A ``Progress`` or an ``EpochResult``."""
-        if isinstance(message, Progress):
+        """A ``Progress``, an ``EpochResult`` or the text of a worker's warning."""
+        if isinstance(message, str):
+            logger.warning("%s", message)
+        elif isinstance(message, Progress):
             self._show_progress(message)
         else:
             logger.info("%s", _epoch_line(message))
