@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import pkgutil
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +21,12 @@ Job = Callable[[Settings], Mapping[str, Any]]
 
 
 def run_job(
-    settings_class: type[Settings], job: Job[Settings], argv: Sequence[str] | None = None
+    settings_class: type[Settings], job: Job[Settings] | str, argv: Sequence[str] | None = None
 ) -> NoReturn:
     """Run a job as a process: the last line of stdout is its result, a JSON object.
+
+    A job given as ``module:function`` is imported only once the settings are right: torch and Ray
+    take seconds to import, and a mistyped flag should not.
 
     A ``CnnrayError`` ends in its message and exit code, without a traceback; results that an error
     carries in ``result`` are printed all the same.
@@ -32,7 +36,8 @@ def run_job(
     try:
         settings = load_settings(settings_class, arguments)
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result alone
-            result = job(settings)
+            run = pkgutil.resolve_name(job) if isinstance(job, str) else job
+            result = run(settings)
         _print_result(result)
     except CnnrayError as error:
         _print_result(error.result)

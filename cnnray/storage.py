@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +25,9 @@ from cnnray.errors import AlreadyExistsError, MissingObjectError, StorageError
 
 OBJECT_DEADLINE_SECONDS = 120.0
 """Longest time one object may take, retries included: no client has such a limit of its own."""
+
+TEMPORARY_PREFIX, TEMPORARY_SUFFIX = ".cnnray-", ".tmp"
+"""Of a local file that is being written: it does not exist yet, so it is never listed."""
 
 LIST_PAGE_SIZE = 1000
 READ_CONCURRENCY = 16
@@ -88,7 +92,7 @@ def open_store(uri: str) -> Store:
     scheme, separator, _ = uri.partition("://")
     if separator and scheme != "file":
         raise StorageError(
-            f"cannot open {uri!r}: only local paths and s3:// are supported",
+            f"cannot open {scheme}:// addresses: only local paths and s3:// are supported",
             hint="copy the data to S3 or to a local folder",
         )
     path = uri.removeprefix("file://")
@@ -177,9 +181,9 @@ class LocalStore:
         with os.scandir(folder) as entries:
             ordered = sorted(entries, key=lambda entry: os.fsencode(entry.name))
         for entry in ordered:
-            if entry.is_dir():
+            if os.path.isdir(entry.path):  # unlike entry.is_dir(), bears a link to itself
                 yield from self._walk(entry.path, seen=seen)
-            elif entry.is_file():
+            elif os.path.isfile(entry.path) and not _is_temporary(entry.name):
                 file_status = entry.stat()
                 key = _printable(os.path.relpath(entry.path, self.root))
                 yield StoredObject(key=key, size=file_status.st_size, etag=_etag(file_status))
@@ -188,41 +192,32 @@ class LocalStore:
         if not os.path.isdir(self.root):
             raise MissingObjectError(f"no such folder: {self.root}")
         with os.scandir(self.root) as entries:
-            return sorted(_printable(entry.name) for entry in entries if entry.is_dir())
+            return sorted(_printable(entry.name) for entry in entries if os.path.isdir(entry.path))
 
     def head(self, key: str) -> StoredObject | None:
         try:
             status = os.stat(self._path(key))
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except (OSError, ValueError) as error:
+            raise StorageError(f"cannot read {self._path(key)!r}: {error}") from error
+        if stat.S_ISDIR(status.st_mode):
+            return None
         return StoredObject(key=key, size=status.st_size, etag=_etag(status))
 
     def create(self, key: str, data: bytes) -> None:
         path = self._path(key)
-        temporary = self._write_temporary(path, data)
-        try:
-            os.link(temporary, path)  # atomic, and fails when the name is taken
-        except FileExistsError:
-            if self.read(key) != data:
-                raise AlreadyExistsError(f"{path} exists already") from None
-        finally:
-            os.unlink(temporary)
+        with _temporary_file(path, data) as temporary:
+            try:
+                os.link(temporary, path)  # atomic, and fails when the name is taken
+            except FileExistsError:
+                if self.read(key) != data:
+                    raise AlreadyExistsError(f"{path} exists already") from None
 
     def write(self, key: str, data: bytes) -> None:
         path = self._path(key)
-        os.replace(self._write_temporary(path, data), path)
-
-    def _write_temporary(self, path: str, data: bytes) -> str:
-        temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-        try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise StorageError(f"cannot write {path}: {error.strerror}") from error
-        return temporary
+        with _temporary_file(path, data) as temporary:
+            os.replace(temporary, path)
 
     def delete(self, key: str) -> None:
         path = self._path(key)
@@ -230,8 +225,8 @@ class LocalStore:
             os.unlink(path)
         except (FileNotFoundError, NotADirectoryError):
             pass
-        except OSError as error:
-            raise StorageError(f"cannot delete {path}: {error.strerror}") from error
+        except (OSError, ValueError) as error:
+            raise StorageError(f"cannot delete {path!r}: {error}") from error
         with contextlib.suppress(OSError):  # as in an object store, no folder is left empty
             while (path := os.path.dirname(path)) != self.root:
                 os.rmdir(path)
@@ -244,6 +239,30 @@ class LocalStore:
             raise MissingObjectError(f"no such file: {path}") from error
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             raise StorageError(f"cannot read {path!r}: {error}") from error
+
+
+@contextlib.contextmanager
+def _temporary_file(path: str, data: bytes) -> Iterator[str]:
+    """A file of ``data`` beside ``path``, to be put there; whatever happens, it is gone after."""
+    name = f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
+    temporary = os.path.join(os.path.dirname(path), name)
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"cannot write {path!r}: {reason}") from error
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            os.unlink(temporary)
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(TEMPORARY_PREFIX) and name.endswith(TEMPORARY_SUFFIX)
 
 
 def _etag(status: os.stat_result) -> str:
@@ -306,6 +325,8 @@ class S3Store:
             try:
                 return cast(bytes, sync(filesystem.loop, get, timeout=OBJECT_DEADLINE_SECONDS))
             except Exception as error:
+                if _http_status(error) == 416:  # the range begins beyond the end
+                    return b""
                 named = _storage_error(error, self, self._key(key))
                 if last_attempt or not _is_broken_body(error):
                     raise named from error

@@ -5,8 +5,7 @@ ray job submit --working-dir . -- python jobs/classify.py --model s3://b/m --inp
 """
 
 from cnnray.cli import run_job
-from cnnray.cluster.classify import classify
 from cnnray.config import ClassifySettings
 
 if __name__ == "__main__":
-    run_job(ClassifySettings, classify)
+    run_job(ClassifySettings, "cnnray.cluster.classify:classify")

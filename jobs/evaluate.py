@@ -5,8 +5,7 @@ ray job submit --working-dir . -- python jobs/evaluate.py --model s3://b/m --dat
 """
 
 from cnnray.cli import run_job
-from cnnray.cluster.evaluate import evaluate
 from cnnray.config import EvaluateSettings
 
 if __name__ == "__main__":
-    run_job(EvaluateSettings, evaluate)
+    run_job(EvaluateSettings, "cnnray.cluster.evaluate:evaluate")

@@ -5,8 +5,7 @@ ray job submit --working-dir . -- python jobs/pack.py --input s3://b/photos --ou
 """
 
 from cnnray.cli import run_job
-from cnnray.cluster.pack import pack
 from cnnray.config import PackSettings
 
 if __name__ == "__main__":
-    run_job(PackSettings, pack)
+    run_job(PackSettings, "cnnray.cluster.pack:pack")

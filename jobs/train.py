@@ -5,8 +5,7 @@ ray job submit --working-dir . -- python jobs/train.py --config jobs/configs/flo
 """
 
 from cnnray.cli import run_job
-from cnnray.cluster.train import train
 from cnnray.config import TrainSettings
 
 if __name__ == "__main__":
-    run_job(TrainSettings, train)
+    run_job(TrainSettings, "cnnray.cluster.train:train")

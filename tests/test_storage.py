@@ -178,7 +178,11 @@ def test_head_of_nothing_and_of_a_folder_is_none(store: Store) -> None:
 
 
 @pytest.mark.parametrize("key", ODD_KEYS)
-def test_odd_keys_are_taken_literally(store: Store, key: str) -> None:
+def test_odd_keys_are_taken_literally(
+    store: Store, key: str, request: pytest.FixtureRequest
+) -> None:
+    if "\\" in key and "seaweed" in request.node.callspec.id:
+        pytest.skip("SeaweedFS makes a slash of a backslash")
     store.create(key, key.encode())
     assert store.read(key) == key.encode()
     assert [item.key for item in store.list()] == [key]
@@ -379,7 +383,7 @@ def test_a_write_in_progress_is_not_listed(
 
     def spy(function: Callable[..., None]) -> Callable[..., None]:
         def watched(*arguments: Any) -> None:
-            assert any(name.startswith("new") for name in os.listdir(local.root))
+            assert any(name not in ("mine.tmp", "old", "new") for name in os.listdir(local.root))
             listed.append([item.key for item in local.list()])
             function(*arguments)
 

@@ -1,0 +1,39 @@
+# Two commands matter: `make demo` and `make test`. Both make .venv first, from the exact versions
+# in constraints.txt.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check install lock clean
+
+demo: install
+	$(BIN)/python jobs/demo.py --output demo
+
+test: install check
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(VENV)/installed
+
+# torch comes first and from pip's own settings: it is by far the largest download, and a machine
+# may hold a copy of it.
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch torchvision
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# After a change of the dependencies: choose the newest versions that fit, and write them down.
+lock: install
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python -m uv pip compile --quiet --upgrade --python-version 3.11 --extra dev \
+	  --no-header --no-annotate pyproject.toml --output-file constraints.txt
+
+clean:
+	rm -rf .venv demo .mypy_cache .pytest_cache .ruff_cache
