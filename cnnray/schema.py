@@ -100,3 +100,13 @@ PREDICTIONS_SCHEMA = pa.schema(
     ]
 )
 """One evaluated sample: class indices, confidence of the prediction, cross-entropy of the label."""
+
+ORDER_SCHEMA = pa.schema(
+    [
+        pa.field("epoch", pa.int32(), nullable=False),
+        pa.field("step", pa.int32(), nullable=False),  # of the epoch, from 0
+        pa.field("rank", pa.int32(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+    ]
+)
+"""One sample of one epoch of training, and where it was used."""

@@ -174,12 +174,15 @@ class LocalStore:
         yield from self._walk(top, seen=set())
 
     def _walk(self, folder: str, *, seen: set[tuple[int, int]]) -> Iterator[StoredObject]:
-        status = os.stat(folder)
+        try:
+            status = os.stat(folder)
+            with os.scandir(folder) as entries:
+                ordered = sorted(entries, key=lambda entry: os.fsencode(entry.name))
+        except OSError as error:
+            raise StorageError(f"cannot list {folder}: {error.strerror}") from error
         if (status.st_dev, status.st_ino) in seen:  # a symbolic link to a folder above
             return
         seen = seen | {(status.st_dev, status.st_ino)}
-        with os.scandir(folder) as entries:
-            ordered = sorted(entries, key=lambda entry: os.fsencode(entry.name))
         for entry in ordered:
             if os.path.isdir(entry.path):  # unlike entry.is_dir(), bears a link to itself
                 yield from self._walk(entry.path, seen=seen)

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import secrets
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +16,9 @@ from cnnray.config import ClusterSettings, ScalingSettings
 from cnnray.errors import CnnrayError, SettingsError
 
 logger = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 10.0
+ADDRESS_HINT = "check --cluster.address and RAY_ADDRESS, or leave them out for a local Ray"
 
 READER_CPUS = 1.0
 """What the stages that read data need at least, next to the workers."""
@@ -40,6 +44,7 @@ def ray_cluster(settings: ClusterSettings) -> Iterator[None]:
         yield
         return
     address = settings.address or os.environ.get("RAY_ADDRESS") or "local"
+    _require_reachable(address)
     _set_ray_defaults(is_local=address == "local")
     try:
         if address == "local":
@@ -60,7 +65,7 @@ def ray_cluster(settings: ClusterSettings) -> Iterator[None]:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise CnnrayError(
             f"cannot join Ray at {address}: {first_line}",
-            hint="check --cluster.address and RAY_ADDRESS, or leave them out for a local Ray",
+            hint=ADDRESS_HINT,
         ) from error
     try:
         resources = ray.cluster_resources()
@@ -74,6 +79,17 @@ def ray_cluster(settings: ClusterSettings) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_reachable(address: str) -> None:
+    """Raise ``CnnrayError`` when nobody listens there: Ray itself would try for minutes."""
+    host, separator, port = address.rpartition("://")[2].rpartition(":")
+    if not separator or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise CnnrayError(f"cannot join Ray at {address}: {error}", hint=ADDRESS_HINT) from error
 
 
 def _set_ray_defaults(*, is_local: bool) -> None:

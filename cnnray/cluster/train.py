@@ -58,6 +58,7 @@ from cnnray.training.loop import EpochData, Trainer, run_epochs
 from cnnray.training.losses import LOSSES
 from cnnray.training.network import Network, plan_preprocessing
 from cnnray.training.optimizers import build_optimizer, learning_rate_factor
+from cnnray.training.order_log import log_order
 from cnnray.training.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class TrainJob:
     train: SplitReader
     val: SplitReader | None
     run: Store
+    order_log: Store | None
     threads: int
     board: Any
 
@@ -103,6 +105,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             train=_reader(data, manifest, "train", settings, network),
             val=_val_reader(data, manifest, settings, network),
             run=run,
+            order_log=None if settings.order_log is None else open_store(settings.order_log),
             threads=resources.threads,
             board=start_board(),
         )
@@ -362,8 +365,13 @@ def _epoch_feeder(
 
     def feed(epoch: int) -> EpochData:
         order = _order(job, epoch=epoch)
+        batches = assemble(order, blocks, lanes=lanes)
+        if job.order_log is not None:
+            batches = log_order(
+                batches, store=job.order_log, epoch=epoch, rank=rank, num_workers=num_workers
+            )
         return EpochData(
-            batches=assemble(order, blocks, lanes=lanes),
+            batches=batches,
             global_batch_sizes=order.batch_sizes,
             validation=validation,
         )

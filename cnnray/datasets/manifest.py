@@ -104,7 +104,7 @@ def read_manifest(store: Store) -> Manifest:
         manifest = Manifest.model_validate_json(data)
     except pydantic.ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in problem["loc"]) or "document"
+        where = " ".join(".".join(map(str, problem["loc"])).split()) or "document"
         raise DataError(
             f"bad manifest {store.uri}/{MANIFEST}: {where}: {problem['msg']}",
             hint="pack the dataset again",
@@ -122,6 +122,8 @@ def _check(manifest: Manifest, store: Store) -> None:
         )
     if set(manifest.splits) - set(SPLITS):
         raise DataError(f"{where}: unknown splits {sorted(set(manifest.splits) - set(SPLITS))}")
+    if len(set(manifest.classes)) != len(manifest.classes):
+        raise DataError(f"{where}: a class is named twice")
     channels = manifest.statistics.channels
     if not len(manifest.statistics.mean) == len(manifest.statistics.std) == channels:
         raise DataError(f"{where}: mean and std must have {channels} values")
@@ -131,9 +133,18 @@ def _check(manifest: Manifest, store: Store) -> None:
                 f"{where}: {name} counts {len(split.class_counts)} classes,"
                 f" the manifest names {len(manifest.classes)}"
             )
+        sums = (sum(split.class_counts), sum(shard.num_samples for shard in split.files))
+        if sums != (split.num_samples, split.num_samples):
+            raise DataError(f"{where}: the samples of {name} do not add up")
         for shard in split.files:
-            if sum(shard.row_groups) != shard.num_samples or ".." in shard.path.split("/"):
-                raise DataError(f"{where}: {shard.path} does not add up")
+            _check_shard(shard, where)
+
+
+def _check_shard(shard: Shard, where: str) -> None:
+    if sum(shard.row_groups) != shard.num_samples:
+        raise DataError(f"{where}: {shard.path!r} does not add up")
+    if shard.path.startswith("/") or ".." in shard.path.split("/"):
+        raise DataError(f"{where}: {shard.path!r} leaves the dataset")
 
 
 def manifest_exists(store: Store) -> bool:

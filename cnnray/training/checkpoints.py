@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,7 @@ class Checkpoint:
 
 def _score(result: Mapping[str, Any]) -> float:
     loss = result["train_loss"] if result["val_loss"] is None else result["val_loss"]
-    return float(loss)
+    return math.inf if math.isnan(loss) else float(loss)  # NaN would win or lose by its place
 
 
 def save_checkpoint(store: Store, checkpoint: Checkpoint, *, keep: int) -> None:

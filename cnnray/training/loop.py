@@ -121,6 +121,11 @@ def run_epochs(
         train_seconds = time.perf_counter() - started
         validation = evaluate(trainer, epoch_data.validation, reduce=reduce)
         has_validation = validation.num_samples > 0
+        if has_validation and not math.isfinite(validation.loss):
+            raise NonFiniteLossError(
+                f"the validation loss is not finite after epoch {epoch}",
+                hint="lower --optimizer.lr, or warm up",
+            )
         yield EpochResult(
             epoch=epoch,
             step=trainer.step,
