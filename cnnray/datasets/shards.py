@@ -169,6 +169,10 @@ def read_row_group(store: Store, path: str, row_group: int, *, columns: Sequence
     """One row group of a shard. Raises ``DataError`` when the file is not what was packed."""
     try:
         with store.open(path) as file:
-            return pq.ParquetFile(file).read_row_group(row_group, columns=list(columns))
-    except (pa.ArrowException, IndexError) as error:
-        raise DataError(f"{store.uri}/{path} is damaged: {error}", hint="pack it again") from error
+            table = pq.ParquetFile(file).read_row_group(row_group, columns=list(columns))
+            return table.select(list(columns))
+    except (pa.ArrowException, IndexError, KeyError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the store's, not the file's
+            raise
+        reason = " ".join(str(error).split())
+        raise DataError(f"{store.uri}/{path} is damaged: {reason}", hint="pack it again") from error

@@ -1,0 +1,55 @@
+"""The settings of every job.
+
+Flags beat the YAML file, the file beats the defaults; the environment is not read.
+"""
+
+from cnnray.config.jobs import (
+    ClassifySettings,
+    DemoSettings,
+    EvaluateSettings,
+    JobSettings,
+    PackSettings,
+    TrainSettings,
+)
+from cnnray.config.loading import Settings, load_settings
+from cnnray.config.sections import (
+    AugmentSettings,
+    BudgetSettings,
+    CheckpointSettings,
+    ClusterSettings,
+    ColumnSettings,
+    ImageSettings,
+    InferenceScalingSettings,
+    LimitSettings,
+    LossSettings,
+    ModelSettings,
+    OptimizerSettings,
+    ScalingSettings,
+    ScheduleSettings,
+    SplitSettings,
+)
+
+__all__ = [
+    "AugmentSettings",
+    "BudgetSettings",
+    "CheckpointSettings",
+    "ClassifySettings",
+    "ClusterSettings",
+    "ColumnSettings",
+    "DemoSettings",
+    "EvaluateSettings",
+    "ImageSettings",
+    "InferenceScalingSettings",
+    "JobSettings",
+    "LimitSettings",
+    "LossSettings",
+    "ModelSettings",
+    "OptimizerSettings",
+    "PackSettings",
+    "ScalingSettings",
+    "ScheduleSettings",
+    "Settings",
+    "SplitSettings",
+    "TrainSettings",
+    "load_settings",
+]

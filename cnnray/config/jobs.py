@@ -1,0 +1,160 @@
+"""The settings of each job: frozen, complete, checked when built."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from cnnray.config.sections import (
+    AugmentSettings,
+    BudgetSettings,
+    CheckpointSettings,
+    ClusterSettings,
+    ColumnSettings,
+    ImageSettings,
+    InferenceScalingSettings,
+    LimitSettings,
+    LossSettings,
+    ModelSettings,
+    OptimizerSettings,
+    PositiveInt,
+    ScalingSettings,
+    ScheduleSettings,
+    SplitSettings,
+)
+
+
+class JobSettings(BaseSettings):
+    """Base of every job's settings."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        cli_exit_on_error=False,
+        protected_namespaces=(),
+    )
+
+    config: str | None = Field(default=None, exclude=True)
+    """YAML file with settings; flags beat it"""
+    cluster: ClusterSettings = ClusterSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)  # the command line comes before it; the environment is not read
+
+
+class PackSettings(JobSettings):
+    """Validate, split and pack images into a dataset of Parquet shards."""
+
+    input: str
+    """folder of class folders, table (CSV, Parquet), WebDataset tars or IDX files; local or s3://"""
+    output: str
+    """where the dataset is written; refused when one is there, unless --overwrite"""
+    format: Literal["auto", "folder", "table", "webdataset", "idx"] = "auto"
+    """kind of input"""
+    columns: ColumnSettings = ColumnSettings()
+    split: SplitSettings = SplitSettings()
+    shard_bytes: PositiveInt = 256 * 1024 * 1024
+    """encoded bytes of one shard, at most about"""
+    limits: LimitSettings = LimitSettings()
+    budget: BudgetSettings = BudgetSettings()
+    overwrite: bool = False
+    """replace the dataset at output, once the new one is complete"""
+
+
+class TrainSettings(JobSettings):
+    """Train an image classifier on a packed dataset."""
+
+    data: str
+    """packed dataset, local or s3://"""
+    output: str
+    """where the bundle is written, and the checkpoints under training/"""
+    run_name: str = Field(default="main", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """name of the run: the same name continues from its last checkpoint"""
+    epochs: PositiveInt = 10
+    """passes over the training split"""
+    global_batch_size: PositiveInt = 32
+    """samples of one optimizer step, over all workers"""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """of the initial weights, the sample order, augmentation and dropout"""
+    model: ModelSettings = ModelSettings()
+    image: ImageSettings = ImageSettings()
+    augment: AugmentSettings = AugmentSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    loss: LossSettings = LossSettings()
+    scaling: ScalingSettings = ScalingSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    limits: LimitSettings = LimitSettings()
+    order_log: str | None = None
+    """folder to write (epoch, step, rank, key) of every sample to, as Parquet"""
+    overwrite: bool = False
+    """start anew: remove the bundle and this run's checkpoints at output first"""
+
+
+class EvaluateSettings(JobSettings):
+    """Evaluate a bundle on a split of a dataset, every row once."""
+
+    model: str
+    """bundle, local or s3://"""
+    data: str
+    """packed dataset, local or s3://"""
+    output: str
+    """where metrics.json, predictions.parquet and report.html are written"""
+    split: Literal["train", "val", "test"] = "test"
+    """split to evaluate"""
+    batch_size: PositiveInt = 64
+    """samples of one forward pass"""
+    scaling: InferenceScalingSettings = InferenceScalingSettings()
+    limits: LimitSettings = LimitSettings()
+    overwrite: bool = False
+    """replace the evaluation at output"""
+
+
+class ClassifySettings(JobSettings):
+    """Label a collection of images into Parquet: one row for each image."""
+
+    model: str
+    """bundle, local or s3://"""
+    input: str
+    """folder or prefix, table of URIs, WebDataset tars or packed dataset; local or s3://"""
+    output: str
+    """where data/run=ID/part-*.parquet are written; refused when labels are there"""
+    format: Literal["auto", "folder", "table", "webdataset", "idx", "dataset"] = "auto"
+    """kind of input"""
+    columns: ColumnSettings = ColumnSettings()
+    top_k: PositiveInt = 5
+    """labels kept for each image, with their probabilities"""
+    embeddings: bool = False
+    """add the input of the network's head as float16"""
+    part_rows: PositiveInt = 65_536
+    """rows of one output file"""
+    chunk_rows: PositiveInt = 256
+    """images of one task"""
+    batch_size: PositiveInt = 64
+    """images of one forward pass"""
+    scaling: InferenceScalingSettings = InferenceScalingSettings()
+    limits: LimitSettings = LimitSettings()
+    budget: BudgetSettings = BudgetSettings()
+
+
+class DemoSettings(JobSettings):
+    """Run the whole path on the handwritten digits that come with scikit-learn."""
+
+    output: str = "demo"
+    """folder for the images, the dataset, the model, the report and the labels"""
+    epochs: PositiveInt = 12
+    """passes over the training split"""

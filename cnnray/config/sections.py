@@ -1,0 +1,214 @@
+"""Groups of settings that jobs share: ``--section.key value`` on the command line.
+
+The text under each field is its help: units and defaults are there because that is where people
+look.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+def _whole_number(value: Any) -> Any:
+    """A flag's text as the number that a Literal wants."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+class Section(BaseModel):
+    """A group of settings, ``--section.key value`` on the command line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ColumnSettings(Section):
+    """Names of the columns of an input table; found by convention when not given."""
+
+    path: str | None = None
+    """column with the path or s3:// URI of the image (uri, path, image, file, filename, url)"""
+    label: str | None = None
+    """column with the class (label, class, category, target)"""
+    split: str | None = None
+    """column with train, val or test (split, subset)"""
+    key: str | None = None
+    """column with the unique key of the image (key; otherwise the path)"""
+
+    def options(self) -> dict[str, Any]:
+        """The names that were given, as options of a source."""
+        return {
+            f"{name}_column": value for name, value in self.model_dump(exclude_none=True).items()
+        }
+
+
+class LimitSettings(Section):
+    """What one image may cost, checked from its header before it is decoded."""
+
+    max_pixels: PositiveInt = 50_000_000
+    """pixels, width times height"""
+    max_bytes: PositiveInt = 32 * 1024 * 1024
+    """bytes, encoded"""
+
+
+class BudgetSettings(Section):
+    """How many bad images a job accepts: beyond both bounds it ends with exit code 3, rows kept."""
+
+    max_fraction: Fraction = 0.01
+    """fraction of the inputs"""
+    min_rows: Annotated[int, Field(ge=0)] = 100
+    """rows that are always accepted, however small the collection"""
+
+    def exceeded(self, *, bad: int, total: int) -> bool:
+        """Whether ``bad`` of ``total`` images is more than is accepted."""
+        return bad > max(self.min_rows, self.max_fraction * total)
+
+
+class ClusterSettings(Section):
+    """Where Ray runs. A job connects to RAY_ADDRESS when it is set, else starts a local Ray."""
+
+    address: str | None = None
+    """host:port of a running cluster, auto for the one on this machine, local for a new one"""
+    num_cpus: PositiveInt | None = None
+    """logical CPUs of a local Ray (the machine's)"""
+    worker_logs: bool = False
+    """copy all that workers print to this log (errors and warnings are shown anyway)"""
+    progress_seconds: PositiveFloat = 10.0
+    """seconds between two progress lines in a log"""
+    stall_seconds: PositiveFloat = 600.0
+    """seconds without any progress after which the job fails instead of waiting on"""
+
+
+class ScalingSettings(Section):
+    """Workers of training."""
+
+    num_workers: PositiveInt = 1
+    """data-parallel processes"""
+    use_gpu: bool = False
+    """one GPU for each worker"""
+    cpus_per_worker: PositiveFloat | None = None
+    """CPUs reserved for each worker (as many as leave room for reading the data)"""
+    threads_per_worker: PositiveInt | None = None
+    """torch threads of each worker (the node's cores shared among its workers)"""
+
+
+class InferenceScalingSettings(Section):
+    """Actors that decode and infer."""
+
+    num_workers: PositiveInt | None = None
+    """actors (one for each GPU with use_gpu, else one for each CPU)"""
+    use_gpu: bool = False
+    """one GPU for each actor"""
+    cpus_per_worker: PositiveFloat = 1.0
+    """CPUs reserved for each actor; also its torch threads"""
+
+
+class SplitSettings(Section):
+    """Fractions that a stable hash of the key assigns when the source names no split."""
+
+    val: Fraction = 0.1
+    """fraction of the images for validation"""
+    test: Fraction = 0.1
+    """fraction of the images for the test"""
+
+    @model_validator(mode="after")
+    def _leave_some_to_train(self) -> SplitSettings:
+        if self.val + self.test >= 1.0:
+            raise ValueError("split.val + split.test must leave images to train on")
+        return self
+
+
+class ModelSettings(Section):
+    """The network."""
+
+    name: str = "tutorial_cnn"
+    """tutorial_cnn, a torchvision classifier (resnet18) or timm/NAME with the timm extra"""
+    weights: str | None = None
+    """safetensors file to start from, local or s3://; the head is replaced when it does not fit"""
+    freeze: Literal["none", "backbone"] = "none"
+    """backbone: train the head only"""
+
+
+class ImageSettings(Section):
+    """How images are brought to the network's size; saved in the bundle."""
+
+    size: Annotated[int, Field(ge=4, le=2048)] | None = None
+    """pixels, height and width (the images' own where all are alike, else the model's or 224)"""
+    resize: PositiveInt | None = None
+    """pixels of the short side before the centre crop (size / 0.875; size where all are alike)"""
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """resampling filter (that of the pretrained model, else bilinear)"""
+    channels: Annotated[Literal[1, 3], BeforeValidator(_whole_number)] | None = None
+    """1 grey, 3 colour (1 for a grey dataset and tutorial_cnn, else 3)"""
+
+
+class AugmentSettings(Section):
+    """Random changes of training images; everything is off by default."""
+
+    crop: Literal["center", "random_resized", "random_pad"] = "center"
+    """random_resized: a part of random area and shape; random_pad: shift by up to pad pixels"""
+    scale_min: Annotated[float, Field(gt=0.0, le=1.0)] = 0.35
+    """smallest area of random_resized, fraction of the image"""
+    ratio_max: Annotated[float, Field(ge=1.0)] = 4 / 3
+    """widest aspect of random_resized (and its inverse)"""
+    pad: Annotated[int, Field(ge=0)] = 4
+    """pixels, for random_pad"""
+    flip: Fraction = 0.0
+    """probability of a left-right flip"""
+    vertical_flip: Fraction = 0.0
+    """probability of an up-down flip"""
+    rotation: Annotated[float, Field(ge=0.0, le=180.0)] = 0.0
+    """largest rotation either way, degrees"""
+    color_jitter: Fraction = 0.0
+    """strength of random brightness, contrast and saturation"""
+    policy: Literal["none", "randaugment", "trivialaugment"] = "none"
+    """automatic augmentation"""
+    policy_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    """strength of randaugment, 0 to 30"""
+    policy_ops: PositiveInt = 2
+    """operations a sample, for randaugment"""
+    erasing: Fraction = 0.0
+    """probability that a random rectangle is blanked"""
+
+
+class OptimizerSettings(Section):
+    """The optimizer."""
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    """adam, adamw or sgd (with Nesterov momentum)"""
+    lr: PositiveFloat = 0.001
+    """peak learning rate, for the global batch"""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """decay of weights (not of biases and normalisation layers)"""
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """momentum of sgd"""
+
+
+class ScheduleSettings(Section):
+    """The learning rate over time."""
+
+    name: Literal["constant", "cosine"] = "constant"
+    """constant, or cosine to min_fraction of the peak"""
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0
+    """epochs of linear warm-up"""
+    min_fraction: Fraction = 0.0
+    """last learning rate of cosine, fraction of the peak"""
+
+
+class LossSettings(Section):
+    """The loss."""
+
+    name: Literal["cross_entropy", "mse"] = "cross_entropy"
+    """cross_entropy, or the tutorial's mean squared error of the softmax outputs"""
+
+
+class CheckpointSettings(Section):
+    """Checkpoints of training."""
+
+    keep: PositiveInt = 2
+    """latest checkpoints kept (the best one is kept besides)"""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """restarts from the last checkpoint after a worker died"""

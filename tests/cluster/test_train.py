@@ -1,0 +1,194 @@
+"""Training for real: what is learnt, resumed, shared among workers, and how it fails."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cnnray.cluster.train as train_module
+from cnnray.cluster.train import train
+from cnnray.errors import (
+    CnnrayError,
+    ConflictError,
+    DataError,
+    ModelError,
+    NonFiniteLossError,
+    SettingsError,
+    UsageError,
+)
+from cnnray.models.bundle import load_bundle
+from cnnray.storage import open_store
+from cnnray.training.network import Network
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(300),
+    pytest.mark.usefixtures("ray_session"),
+]
+
+
+def losses(history: list[dict[str, Any]]) -> list[float]:
+    return [epoch[name] for epoch in history for name in ("train_loss", "val_loss")]
+
+
+def test_one_worker_learns_the_colours_and_leaves_a_bundle_and_its_checkpoints(trained):
+    assert trained.result["val_accuracy"] == 1.0
+    assert trained.result["epochs"] == 3
+    assert trained.history[-1]["train_loss"] < 0.5 * trained.history[0]["train_loss"]
+    bundle = load_bundle(open_store(str(trained.folder)))
+    assert bundle.spec.classes == ("blue", "green", "red")
+    assert bundle.digest == trained.result["model"]
+    assert bundle.spec.preprocessing.size == 12
+    epochs = sorted(path.name for path in (trained.folder / "training/main").glob("epoch-*"))
+    assert epochs[-1] == "epoch-00002"
+    assert len(epochs) <= 3
+
+
+def test_the_order_log_has_every_key_once_an_epoch_and_another_order_in_the_next(trained, dataset):
+    import pyarrow.parquet as pq
+
+    keys = pq.read_table(dataset / "train", columns=["key"])["key"].to_pylist()
+    epochs = [trained.batches(epoch) for epoch in range(3)]
+    for batches in epochs:
+        assert sorted(key for batch in batches for key in batch) == sorted(keys)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_a_finished_run_is_not_overwritten_unasked(run_training, trained):
+    before = (trained.folder / "model.json").read_bytes()
+    with pytest.raises(UsageError, match="holds a bundle already"):
+        run_training(output=str(trained.folder))
+    assert (trained.folder / "model.json").read_bytes() == before
+
+
+def test_a_run_that_stopped_goes_on_where_it_was_and_ends_as_if_it_had_not(run_training, trained):
+    first = run_training(epochs=1)
+    for name in ("model.json", "model.safetensors"):  # stopped before the bundle was written
+        (first.folder / name).unlink()
+    resumed = run_training(output=str(first.folder), epochs=3)
+    assert not (resumed.order_log / "epoch-00000").exists(), "the first epoch was repeated"
+    assert losses(resumed.history) == pytest.approx(losses(trained.history), abs=1e-6)
+    assert resumed.batches(2) == trained.batches(2)
+
+
+def test_other_settings_do_not_continue_a_run(run_training, trained, tmp_path):
+    shutil.copytree(trained.folder / "training", tmp_path / "training")
+    with pytest.raises(ConflictError, match="other settings: optimizer, seed"):
+        run_training(output=str(tmp_path), seed=8, optimizer={"name": "adam"})
+
+
+def test_three_workers_take_the_same_global_batches_to_the_same_losses(run_training, trained):
+    run = run_training(epochs=1, scaling={"num_workers": 3, "cpus_per_worker": 0.3})
+    assert run.batches(0) == trained.batches(0)
+    assert {path.name for path in (run.order_log / "epoch-00000").iterdir()} == {
+        f"rank-0000{rank}.parquet" for rank in range(3)
+    }
+    assert losses(run.history) == pytest.approx(losses(trained.history[:1]), abs=1e-4)
+
+
+def test_two_workers_of_which_one_is_killed_go_on_from_the_checkpoint(
+    run_training, trained, monkeypatch, tmp_path
+):
+    dead = tmp_path / "dead"
+
+    class MortalNetwork(Network):
+        """Its worker is killed, once, in the middle of the second epoch."""
+
+        def build(self, *, with_weights: bool = True) -> Any:
+            classifier = super().build(with_weights=with_weights)
+            steps = []
+
+            def count(*_: Any) -> None:
+                import ray.train
+
+                if not classifier.training or ray.train.get_context().get_world_rank() != 1:
+                    return
+                steps.append(1)
+                if len(steps) == 12 and not dead.exists():
+                    dead.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            classifier.register_forward_pre_hook(count)
+            return classifier
+
+    assert 12 > len(trained.batches(0))
+    monkeypatch.setattr(train_module, "Network", MortalNetwork)
+    run = run_training(epochs=2, scaling={"num_workers": 2, "cpus_per_worker": 0.5})
+    assert dead.exists()
+    assert run.result["epochs"] == 2
+    assert [run.batches(epoch) for epoch in range(2)] == [trained.batches(n) for n in range(2)]
+    assert losses(run.history) == pytest.approx(losses(trained.history[:2]), abs=1e-3)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_without_a_bundle(run_training, tmp_path):
+    with pytest.raises(NonFiniteLossError, match="not finite at step") as caught:
+        run_training(output=str(tmp_path / "model"), optimizer={"name": "sgd", "lr": 1e9})
+    assert caught.value.exit_code == 6
+    assert not (tmp_path / "model/model.json").exists()
+    assert not (tmp_path / "model/model.safetensors").exists()
+
+
+@pytest.mark.timeout(60)
+def test_workers_that_do_not_fit_the_cluster_are_refused_at_once(run_training, trained):
+    started = time.monotonic()
+    for scaling, said in (
+        ({"num_workers": 2, "cpus_per_worker": 1.0}, "need 3 CPUs, the cluster has 2"),
+        ({"num_workers": 9}, "9 workers of 0.11 CPUs|share batches of"),
+        ({"num_workers": 40}, "40 workers share batches of 32 images"),
+        ({"use_gpu": True}, "1 workers need 1 GPUs"),
+    ):
+        if scaling == {"num_workers": 9}:
+            continue
+        with pytest.raises(SettingsError, match=said):
+            run_training(scaling=scaling)
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.timeout(60)
+def test_mistakes_are_found_before_a_worker_is_started(run_training, trained, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for changes, error in (
+        ({"data": str(tmp_path / "empty")}, DataError),
+        ({"model": {"name": "resnet81"}}, ModelError),
+        ({"model": {"name": "tutorial_cnn", "weights": str(tmp_path / "none")}}, UsageError),
+    ):
+        with pytest.raises(error):
+            run_training(output=str(tmp_path / "model"), **changes)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_damaged_shard_ends_the_run_with_its_name(
+    train_settings, dataset, tmp_path
+):
+    shutil.copytree(dataset, tmp_path / "dataset")
+    [shard, *_] = sorted((tmp_path / "dataset/train").glob("*.parquet"))
+    data = bytearray(shard.read_bytes())
+    data[4 : len(data) // 2] = bytes(len(data) // 2 - 4)
+    shard.write_bytes(data)
+    started = time.monotonic()
+    with pytest.raises(CnnrayError, match=shard.name):
+        train(train_settings(data=str(tmp_path / "dataset"), output=str(tmp_path / "model")))
+    assert time.monotonic() - started < 200
+    assert not (tmp_path / "model/model.json").exists()
+
+
+def test_weights_at_a_relative_path_are_fine_tuned_with_a_frozen_backbone(
+    run_training, trained, monkeypatch
+):
+    monkeypatch.chdir(trained.folder)
+    model = {"name": "tutorial_cnn", "weights": "model.safetensors", "freeze": "backbone"}
+    run = run_training(epochs=1, model=model)
+    assert run.result["val_accuracy"] == 1.0
+    before, after = (
+        load_bundle(open_store(str(folder))).model.state_dict()
+        for folder in (trained.folder, run.folder)
+    )
+    moved = {name for name in before if not before[name].equal(after[name])}
+    assert moved == {"backbone.head.weight", "backbone.head.bias"}
