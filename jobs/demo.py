@@ -44,7 +44,7 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
                 data=dataset,
                 output=model,
                 epochs=settings.epochs,
-                optimizer={"lr": 0.002},
+                optimizer={"lr": 0.003},
                 schedule={"name": "cosine"},
                 overwrite=True,
             )

@@ -1,7 +1,7 @@
 """Train an image classifier on a packed dataset.
 
 python jobs/train.py --data data/flowers --output models/flowers --model.name resnet18
-ray job submit --working-dir . -- python jobs/train.py --config jobs/configs/flowers-scratch.yaml ...
+ray job submit --working-dir . -- python jobs/train.py --config FILE.yaml --data s3://b/d ...
 """
 
 from cnnray.cli import run_job

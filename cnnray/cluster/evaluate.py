@@ -118,7 +118,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     report = render_report(
         title=f"{bundle.spec.architecture} on {settings.split}",
         metrics=metrics,
-        history=bundle.spec.provenance.get("history", ()),
+        history=_history(bundle.spec),
         mistakes=mistakes,
         facts=facts,
     )
@@ -220,6 +220,18 @@ def _find_images(keys: set[str], *, split: Split, data: Store) -> dict[str, byte
                 key: image.as_py() for key, image in zip(there, images, strict=True) if key in keys
             }
     return found
+
+
+def _history(spec: BundleSpec) -> list[dict[str, Any]]:
+    """The epochs of training, counted from 1; a bundle from elsewhere may not tell them."""
+    history = spec.provenance.get("history")
+    if not isinstance(history, list):
+        return []
+    return [
+        {**result, "epoch": result["epoch"] + 1}
+        for result in history
+        if isinstance(result, dict) and isinstance(result.get("epoch"), int)
+    ]
 
 
 def _thumbnail(data: bytes | None) -> np.ndarray[Any, Any] | None:
