@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cnnray import errors
+from cnnray.config import DemoSettings
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -52,7 +53,7 @@ def test_stdout_holds_the_result_alone_even_when_the_job_prints(run: Run) -> Non
     done = run("print('chatter')\nreturn {'accuracy': 0.5, 'name': 'Ä', 'n': settings.epochs}")
     assert done.returncode == 0
     assert [json.loads(line) for line in done.stdout.splitlines()] == [
-        {"accuracy": 0.5, "name": "Ä", "n": 12}
+        {"accuracy": 0.5, "name": "Ä", "n": DemoSettings().epochs}
     ]
     assert "chatter" in done.stderr
 
@@ -152,5 +153,5 @@ def test_help_names_the_job_its_flags_and_their_defaults(run: Run) -> None:
     assert done.returncode == 0
     text = " ".join(done.stdout.split())
     assert "Run the whole path on the handwritten digits" in text
-    assert "passes over the training split (default: 12)" in text
+    assert f"passes over the training split (default: {DemoSettings().epochs})" in text
     assert "seconds between two progress lines in a log (default: 10.0)" in text

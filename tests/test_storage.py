@@ -34,7 +34,7 @@ ODD_KEYS = (
     "with space.png",
     "Ünï/猫 🐈.png",
     "100%20off%.png",
-    "it's \"quoted\".png",
+    'it\'s "quoted".png',
     "a+b=c&d?e#f.png",
     "<tag>/[x]{y}.png",
     "back\\slash.png",
@@ -305,7 +305,7 @@ def test_open_seeks_and_serves_parquet(store: Store) -> None:
 
 def test_a_store_travels(store: Store) -> None:
     store.write("key", b"x")
-    travelled = pickle.loads(pickle.dumps(store))
+    travelled = pickle.loads(pickle.dumps(store))  # noqa: S301
     assert travelled == store
     assert travelled.read("key") == b"x"
 
@@ -382,7 +382,7 @@ def test_a_folder_that_may_not_be_read_is_named(
 
     local.write("folder/key", b"x")
     monkeypatch.setattr(os, "scandir", deny)
-    with pytest.raises(StorageError, match="cannot list .*root: Permission denied"):
+    with pytest.raises(StorageError, match="cannot list .*root.*: Permission denied"):
         list(local.list())
 
 

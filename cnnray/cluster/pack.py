@@ -26,7 +26,7 @@ from cnnray.datasets.manifest import (
 from cnnray.datasets.packing import PackPlan, build_manifest, plan_pack
 from cnnray.datasets.shards import PackedShard, pack_shard
 from cnnray.datasets.sources import Source, open_source
-from cnnray.errors import TooManyBadImagesError, UsageError
+from cnnray.errors import AlreadyExistsError, TooManyBadImagesError, UsageError
 from cnnray.images.decode import DecodeLimits
 from cnnray.storage import Store, open_store, sha256
 
@@ -55,7 +55,13 @@ def pack(settings: PackSettings) -> dict[str, Any]:
             shard_bytes=settings.shard_bytes,
             suffix="" if replaced is None else f"-{_generation(entries)}",
         )
-        packed = _pack_shards(plan, source=source, output=output, settings=settings)
+        try:
+            packed = _pack_shards(plan, source=source, output=output, settings=settings)
+        except AlreadyExistsError as error:
+            raise UsageError(
+                f"{output.uri} holds files of a packing that broke off: {error}",
+                hint="choose another --output, or --overwrite",
+            ) from error
     manifest, rejected = build_manifest(
         plan, packed, source={"uri": settings.input, "format": settings.format}
     )
@@ -92,6 +98,7 @@ def _pack_shards(
         store=output,
         classes=plan.classes,
         limits=DecodeLimits(**settings.limits.model_dump()),
+        replace=settings.overwrite,
     )
     packed: dict[str, PackedShard] = {}
     total = sum(shard.entries.num_rows for shard in plan.shards)

@@ -61,7 +61,7 @@ def ray_cluster(settings: ClusterSettings) -> Iterator[None]:
                 log_to_driver=settings.worker_logs,
                 logging_level=logging.WARNING,
             )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises nearly anything here, bare Exception included
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise CnnrayError(
             f"cannot join Ray at {address}: {first_line}",

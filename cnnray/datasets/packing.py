@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from cnnray import __version__
 from cnnray.datasets.manifest import Manifest, Rejected, Split, Statistics
 from cnnray.datasets.shards import PackedShard, ShardPlan
-from cnnray.datasets.sources import is_first_of_key
+from cnnray.datasets.sources import copy_rows, is_first_of_key
 from cnnray.datasets.splits import ORDER_SALT, assign_splits, hash_keys
 from cnnray.errors import DataError
 from cnnray.schema import DATASET_VERSION, REJECTED_SCHEMA, SPLITS
@@ -125,7 +125,7 @@ def _cut(entries: pa.Table, *, split: str, shard_bytes: int, suffix: str) -> Ite
     for position, number in enumerate(numbers):
         start, stop = np.searchsorted(shard_of, [number, number + 1])
         path = f"{split}/shard-{position:05d}-of-{len(numbers):05d}{suffix}.parquet"
-        yield ShardPlan(split, path, entries.slice(start, stop - start), group_rows)
+        yield ShardPlan(split, path, copy_rows(entries, start, stop - start), group_rows)
 
 
 def _row_group_rows(rows: int, mean_bytes: float) -> int:

@@ -7,7 +7,7 @@ import io
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cnnray.errors import CnnrayError
+from cnnray.errors import CnnrayError, MissingObjectError
 from cnnray.labeling.plan import LabelPlan
 from cnnray.storage import Store
 
@@ -61,4 +61,7 @@ def publish_part(store: Store, name: str, rows: pa.Table) -> None:
 
 def labels_exist(output: Store) -> bool:
     """Whether there are labels at an output already."""
-    return next(output.list(f"{DATA_FOLDER}/"), None) is not None
+    try:
+        return next(output.list(f"{DATA_FOLDER}/"), None) is not None
+    except MissingObjectError:
+        return False

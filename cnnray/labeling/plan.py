@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from cnnray.datasets.sources import is_first_of_key
+from cnnray.datasets.sources import copy_rows, is_first_of_key
 from cnnray.storage import sha256
 
 
@@ -54,7 +54,7 @@ class LabelPlan:
         for part in range(self.num_parts):
             entries = self.part(part)
             for number, start in enumerate(range(0, entries.num_rows, self.chunk_rows)):
-                yield Chunk(part, number, entries.slice(start, self.chunk_rows))
+                yield Chunk(part, number, copy_rows(entries, start, self.chunk_rows))
 
 
 def plan_labels(entries: pa.Table, *, part_rows: int, chunk_rows: int) -> LabelPlan:

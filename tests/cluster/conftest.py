@@ -64,9 +64,12 @@ def write_hostile(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def ray_session(seaweed: Any) -> Iterator[None]:
     """The Ray of all tests; its workers see the S3 server, because it was started first."""
-    before = os.environ.get("RAY_AUTH_MODE")
-    os.environ["RAY_AUTH_MODE"] = "disabled"
     import ray
+
+    # No token is left in the home folder; workers are not starved on a busy machine.
+    values = {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
 
     ray.init(
         address="local",
@@ -77,10 +80,11 @@ def ray_session(seaweed: Any) -> Iterator[None]:
     )
     yield
     ray.shutdown()
-    if before is None:
-        del os.environ["RAY_AUTH_MODE"]
-    else:
-        os.environ["RAY_AUTH_MODE"] = before
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
 
 
 @pytest.fixture(scope="session")
@@ -177,8 +181,8 @@ def run_training(
             "output": str(folder / "model"),
             "order_log": str(folder / "order"),
         }
-        result = train(train_settings(**{**places, **changes}))
-        return Run(result, folder / "model", folder / "order")
+        settings = train_settings(**{**places, **changes})
+        return Run(train(settings), Path(settings.output), folder / "order")
 
     return run
 

@@ -140,7 +140,9 @@ def test_a_split_with_samples_is_given_and_an_empty_one_is_refused(store: Store)
     manifest = Manifest.model_validate_json(json.dumps(document()))
     assert get_split(manifest, "train", uri="u").num_samples == 5
     for name in ("val", "test"):
-        with pytest.raises(DataError, match=rf"no samples in split {name} of u\nhint: it has train"):
+        with pytest.raises(
+            DataError, match=rf"no samples in split {name} of u\nhint: it has train"
+        ):
             get_split(manifest, name, uri="u")
 
 

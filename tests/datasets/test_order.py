@@ -217,7 +217,10 @@ def test_a_block_that_lost_a_row_is_an_error() -> None:
     order = plan([[100]], batch=32, unit=10)
     blocks = [(unit.lane, read(unit)) for unit in order.units]
     lane, short = blocks[2]
-    blocks[2] = (lane, Batch(image=short["image"][1:], label=short["label"][1:], key=short["key"][1:]))
+    blocks[2] = (
+        lane,
+        Batch(image=short["image"][1:], label=short["label"][1:], key=short["key"][1:]),
+    )
     with pytest.raises(ValueError, match="the data ended at step"):
         list(assemble(order, blocks, lanes=range(NUM_LANES)))
 

@@ -136,7 +136,9 @@ def test_shards_are_named_by_split_number_and_count() -> None:
     rows = [entry(f"{n}", length=1000) for n in range(3000)]
     packing = plan_pack(table(rows), val=0.5, test=0.0, shard_bytes=MEGABYTE, suffix="-new")
     names = [shard.path for shard in packing.shards if shard.split == "val"]
-    assert names == [f"val/shard-{n:05d}-of-{len(names):05d}-new.parquet" for n in range(len(names))]
+    assert names == [
+        f"val/shard-{n:05d}-of-{len(names):05d}-new.parquet" for n in range(len(names))
+    ]
 
 
 def test_one_enormous_image_leaves_no_empty_shard() -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from cnnray.datasets.order import Batch
-from cnnray.training.losses import cross_entropy
 from cnnray.training.loop import Trainer
+from cnnray.training.losses import cross_entropy
 from cnnray.training.optimizers import build_optimizer
 
 

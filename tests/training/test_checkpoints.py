@@ -232,8 +232,8 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run_in_its_own_error(
 ) -> None:
     trainer = make_trainer(lr=0.0)
     plain = trainer.loss
-    trainer.loss = lambda logits, label: plain(logits, label) + (
-        0.0 if trainer.model.training else math.nan
+    trainer.loss = lambda logits, label: (
+        plain(logits, label) + (0.0 if trainer.model.training else math.nan)
     )
     batch = make_batch(8, seed=1)
     data = EpochData([batch], torch.tensor([8]), [batch])

@@ -50,7 +50,9 @@ def run(
     )
 
 
-def test_it_learns_to_tell_dark_from_light(make_trainer: MakeTrainer, make_batch: MakeBatch) -> None:
+def test_it_learns_to_tell_dark_from_light(
+    make_trainer: MakeTrainer, make_batch: MakeBatch
+) -> None:
     results = run(make_trainer(lr=0.03, dropout=0.1), make_batch, epochs=6)
     assert results[0].val_accuracy < 1.0 or results[0].val_loss > 0.1
     assert results[-1].val_accuracy == 1.0
@@ -210,8 +212,8 @@ def test_a_tally_of_nothing_has_no_mean() -> None:
 
 def diverging(trainer: Trainer, *, at: int) -> Trainer:
     plain = trainer.loss
-    trainer.loss = lambda logits, label: plain(logits, label) + (
-        math.nan if trainer.step == at else 0.0
+    trainer.loss = lambda logits, label: (
+        plain(logits, label) + (math.nan if trainer.step == at else 0.0)
     )
     return trainer
 

@@ -19,7 +19,9 @@ def network() -> nn.Sequential:
 def test_weights_are_decayed_and_biases_and_norms_are_not(name: str) -> None:
     model = network()
     optimizer = build_optimizer(model, name=name, lr=0.1, weight_decay=0.5)
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    decay = {
+        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
     by_name = {key: decay[id(parameter)] for key, parameter in model.named_parameters()}
     assert by_name == {
         "0.weight": 0.5,

@@ -4,7 +4,7 @@ A source lists its inputs as tables of ``schema.ENTRY_SCHEMA`` and reads their b
 dataclass that travels to workers, and lists in partitions, so that the listing can be distributed.
 """
 
-from cnnray.datasets.sources.base import Source, is_first_of_key
+from cnnray.datasets.sources.base import Source, copy_rows, is_first_of_key
 from cnnray.datasets.sources.detect import FORMATS, open_source
 
-__all__ = ["FORMATS", "Source", "is_first_of_key", "open_source"]
+__all__ = ["FORMATS", "Source", "copy_rows", "is_first_of_key", "open_source"]

@@ -70,6 +70,12 @@ def is_first_of_key(entries: pa.Table) -> pa.BooleanArray:
     return pc.is_in(row, value_set=first["row_min"].combine_chunks())
 
 
+def copy_rows(entries: pa.Table, start: int, count: int) -> pa.Table:
+    """Some rows as a table of their own: a slice would travel with the whole table's memory."""
+    stop = min(start + count, entries.num_rows)
+    return entries.take(pa.array(np.arange(start, stop)))
+
+
 def entry_tables(entries: Iterable[Entry]) -> Iterator[pa.Table]:
     """Gather entries into bounded tables; those before an error come out before it is raised."""
     batch: list[Entry] = []

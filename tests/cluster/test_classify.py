@@ -1,0 +1,183 @@
+"""Labelling: one row for each image, right, once, and readable by everyone."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import cnnray.cluster.classify as classify_module
+from cnnray.cluster.classify import LabelActor, classify
+from cnnray.errors import CnnrayError, DataError, TooManyBadImagesError, UsageError
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(600),
+    pytest.mark.usefixtures("ray_session"),
+]
+
+
+def labels_of(output: Path) -> pa.Table:
+    files = sorted((output / "data").rglob("*"))
+    return pa.concat_tables([pq.ParquetFile(file).read() for file in files if file.is_file()])
+
+
+@pytest.fixture(scope="module")
+def folder(painter, tmp_path_factory):
+    """3 x 70 good images in a tree of another shape than a class folder each, and hostile files."""
+    root = tmp_path_factory.mktemp("folder")
+    painter.photos(root / "deep/er", 70, first=500)
+    codes = painter.hostile(root)
+    return root, codes
+
+
+def test_a_folder_is_labelled_with_one_row_an_image_and_a_code_for_hostile_files(
+    folder, classify_settings, tmp_path
+):
+    root, codes = folder
+    settings = classify_settings(input=str(root), embeddings=True, top_k=2)
+    result = classify(settings)
+    total = 210 + len(codes)
+    assert (result["planned"], result["labeled"], result["errors"]) == (total, 210, len(codes))
+    assert result["parts"] == 5
+    names = sorted(path.name for path in (tmp_path / "labels").rglob("*") if path.is_file())
+    assert names == [f"part-{number:05d}-of-00005.parquet" for number in range(5)]
+    rows = labels_of(tmp_path / "labels").to_pylist()
+    listed = {str(path.relative_to(root)) for path in root.rglob("*.*")}
+    assert Counter(row["key"] for row in rows) == Counter(listed)
+    for row in rows:
+        if row["status"] == "ok":
+            assert row["label"] == row["key"].split("/")[2]
+            assert row["top_k"][0]["label"] == row["label"]
+            assert [len(row["top_k"]), row["width"], row["height"]] == [2, 12, 12]
+            assert 0 < row["confidence"] <= 1
+            assert len(row["embedding"]) == 64
+        else:
+            assert row["error_code"] == codes[row["key"]]
+            assert row["label"] is row["confidence"] is row["embedding"] is None
+    assert len({row["model"] for row in rows}) == 1
+
+    with pytest.raises(UsageError, match="holds labels already"):
+        classify(settings)
+    assert labels_of(tmp_path / "labels").num_rows == total
+
+    read_by_everyone(f"{tmp_path}/labels/data/**/*.parquet", total=total)
+
+
+def read_by_everyone(pattern: str, *, total: int) -> None:
+    import glob
+
+    import duckdb
+    import pandas
+    import polars
+
+    query = f"SELECT label, count(*) FROM '{pattern}' WHERE status = 'ok' GROUP BY label"
+    wanted = {"blue": 70, "green": 70, "red": 70}
+    assert dict(duckdb.sql(query).fetchall()) == wanted
+    frame = polars.read_parquet(pattern)
+    assert frame.height == total
+    assert frame["embedding"].dtype.shape == (64,)
+    files = glob.glob(pattern, recursive=True)
+    assert pq.ParquetDataset(files).read().num_rows == total
+    folder = pattern.removesuffix("/**/*.parquet")
+    assert pandas.read_parquet(folder)["label"].value_counts().to_dict() == wanted
+
+
+def test_a_dataset_a_table_and_a_tar_are_labelled(
+    painter, dataset, classify_settings, tmp_path
+):
+    result = classify(classify_settings(input=str(dataset), output=str(tmp_path / "1")))
+    rows = labels_of(tmp_path / "1").to_pylist()
+    assert result["planned"] == result["labeled"] == len({row["key"] for row in rows}) == 330
+    assert all(row["label"] == row["key"].split("/")[0] for row in rows)
+
+    painter.photos(tmp_path / "files", 3)
+    paths = [f"files/{colour}/000{n}.png" for colour in painter.colours for n in (0, 2)]
+    table = pa.table({"uri": [*paths, paths[0], "files/none.png"]})
+    pq.write_table(table, tmp_path / "table.parquet")
+    result = classify(
+        classify_settings(input=str(tmp_path / "table.parquet"), output=str(tmp_path / "2"))
+    )
+    assert (result["planned"], result["duplicates"], result["errors"]) == (7, 1, 1)
+    rows = labels_of(tmp_path / "2").to_pylist()
+    assert {row["error_code"] for row in rows if row["status"] == "error"} == {"missing"}
+    assert all(row["label"] in row["key"] for row in rows if row["status"] == "ok")
+
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        for number in range(20):
+            data = painter.image(painter.colours[number % 3], number)
+            info = tarfile.TarInfo(f"{number:03d}.png")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    result = classify(
+        classify_settings(input=str(tmp_path / "photos.tar"), output=str(tmp_path / "3"))
+    )
+    assert (result["planned"], result["labeled"]) == (20, 20)
+    for row in labels_of(tmp_path / "3").to_pylist():
+        assert row["label"] == painter.colours[int(Path(row["key"]).stem) % 3]
+
+
+def test_a_worker_that_is_killed_costs_no_row_and_doubles_none(
+    dataset, classify_settings, tmp_path, monkeypatch
+):
+    dead = tmp_path / "dead"
+
+    class MortalActor(LabelActor):
+        """Killed, once, in the middle of its work."""
+
+        def __call__(self, chunk: pa.Table) -> pa.Table:
+            if chunk["part"][0].as_py() == 2 and not dead.exists():
+                dead.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(chunk)
+
+    monkeypatch.setattr(classify_module, "LabelActor", MortalActor)
+    result = classify(classify_settings(input=str(dataset)))
+    assert dead.exists()
+    assert result["labeled"] == 330
+    keys = Counter(labels_of(tmp_path / "labels")["key"].to_pylist())
+    assert len(keys) == sum(keys.values()) == 330
+
+
+def test_an_image_that_kills_every_worker_ends_the_job(
+    dataset, classify_settings, tmp_path, monkeypatch
+):
+    class PoisonedActor(LabelActor):
+        """Killed by the same chunk every time."""
+
+        def __call__(self, chunk: pa.Table) -> pa.Table:
+            if chunk["part"][0].as_py() == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(chunk)
+
+    monkeypatch.setattr(classify_module, "LabelActor", PoisonedActor)
+    with pytest.raises(CnnrayError):
+        classify(classify_settings(input=str(dataset), scaling={"num_workers": 1}))
+
+
+def test_more_errors_than_the_budget_is_an_error_after_all_rows_are_written(
+    folder, classify_settings, tmp_path
+):
+    root, codes = folder
+    budget = {"min_rows": 1, "max_fraction": 0.001}
+    with pytest.raises(TooManyBadImagesError, match="could not be labelled") as caught:
+        classify(classify_settings(input=str(root), budget=budget))
+    assert caught.value.exit_code == 3
+    assert caught.value.result["errors"] == len(codes)
+    assert labels_of(tmp_path / "labels").num_rows == 210 + len(codes)
+
+
+def test_nothing_to_label_and_no_model_write_nothing(classify_settings, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no images at all"):
+        classify(classify_settings(input=str(tmp_path / "empty")))
+    with pytest.raises(UsageError, match="no bundle at"):
+        classify(classify_settings(input=str(tmp_path), model=str(tmp_path)))
+    assert not (tmp_path / "labels").exists()
