@@ -84,9 +84,8 @@ def labels_schema(embedding_dim: int | None) -> pa.Schema:
     if embedding_dim is None:
         return LABELS_SCHEMA
     position = LABELS_SCHEMA.get_field_index("width")
-    return LABELS_SCHEMA.insert(
-        position, pa.field("embedding", pa.list_(pa.float16(), embedding_dim))
-    )
+    # Not a list of fixed size: pyarrow cannot read one back from Parquet where a row has none.
+    return LABELS_SCHEMA.insert(position, pa.field("embedding", pa.list_(pa.float16())))
 
 
 PREDICTIONS_SCHEMA = pa.schema(

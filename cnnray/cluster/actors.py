@@ -19,7 +19,7 @@ import torch
 from ray.data import ActorPoolStrategy
 
 from cnnray.cluster.ingest import set_up_data_context
-from cnnray.cluster.runtime import find_cause
+from cnnray.cluster.runtime import find_cause, last_line
 from cnnray.config import InferenceScalingSettings
 from cnnray.errors import CnnrayError, SettingsError
 
@@ -82,5 +82,4 @@ def map_tables(
         yield from results.iter_batches(batch_size=None, batch_format="pyarrow")
     except (ray.exceptions.RayError, RuntimeError) as error:
         cause = find_cause(error)
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise (cause or CnnrayError(f"a worker failed: {lines[-1]}")) from error
+        raise (cause or CnnrayError(f"a worker failed: {last_line(error)}")) from error

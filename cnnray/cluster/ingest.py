@@ -39,6 +39,7 @@ def set_up_data_context(*, stall_seconds: float, preserve_order: bool) -> None:
     context.execution_options.preserve_order = preserve_order
     context.execution_no_progress_timeout_s = stall_seconds
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # or its type and text never reach the driver
     context.max_map_retries = 2
     context.retried_map_errors = ["took longer than", "cannot reach the object store", "SlowDown"]
     logging.getLogger("ray.data").setLevel(logging.ERROR)

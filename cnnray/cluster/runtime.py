@@ -23,6 +23,9 @@ ADDRESS_HINT = "check --cluster.address and RAY_ADDRESS, or leave them out for a
 READER_CPUS = 1.0
 """What the stages that read data need at least, next to the workers."""
 
+RAY_DATA_ADVICE = "\nFailed to apply UDF transform"
+"""What Ray Data adds to the message of an error in a map function begins like this."""
+
 
 @dataclass(frozen=True)
 class WorkerResources:
@@ -159,10 +162,18 @@ def find_cause(error: BaseException) -> CnnrayError | None:
 
 
 def _plain(error: CnnrayError) -> CnnrayError:
-    """The error without the remote traceback that Ray adds to its text."""
-    if not hasattr(error, "cause"):
+    """The error without the remote traceback and the advice that Ray adds to its text."""
+    text = str(getattr(error, "cause", error)).partition(RAY_DATA_ADVICE)[0]
+    if text == str(error):
         return error
     for kind in type(error).__mro__:
         if issubclass(kind, CnnrayError) and kind.__module__ == "cnnray.errors":
-            return kind(str(getattr(error, "cause", error)))
+            return kind(text)
     return error
+
+
+def last_line(error: BaseException) -> str:
+    """The line of a Ray error's text that says what happened: the last one of its traceback."""
+    text = str(error).partition(RAY_DATA_ADVICE)[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from cnnray.cluster.runtime import find_cause
+from cnnray.cluster.runtime import find_cause, last_line
 from cnnray.errors import CnnrayError
 
 Item = TypeVar("Item")
@@ -62,8 +62,4 @@ def _result(reference: Any) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayError as error:
-        cause = find_cause(error)
-        if cause is None:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            cause = CnnrayError(f"a task failed: {lines[-1]}")
-        raise cause from error
+        raise (find_cause(error) or CnnrayError(f"a task failed: {last_line(error)}")) from error

@@ -28,7 +28,7 @@ from cnnray.cluster.ingest import (
     SplitReader,
     set_up_data_context,
 )
-from cnnray.cluster.runtime import WorkerResources, find_cause, plan_workers, ray_cluster
+from cnnray.cluster.runtime import WorkerResources, find_cause, last_line, plan_workers, ray_cluster
 from cnnray.config import TrainSettings
 from cnnray.console import ProgressLine, format_seconds
 from cnnray.datasets.manifest import Manifest, get_split, read_manifest
@@ -45,7 +45,7 @@ from cnnray.errors import (
 from cnnray.images.augment import Augmentation, TrainTransform
 from cnnray.images.decode import DecodeLimits
 from cnnray.models.bundle import DOCUMENT_KEY, WEIGHTS_KEY, save_bundle
-from cnnray.storage import Store, child, encode_json, open_store, read_json, sha256
+from cnnray.storage import Store, child, encode_json, open_store, read_json, sha256, split_uri
 from cnnray.training.checkpoints import (
     Checkpoint,
     delete_checkpoints,
@@ -65,7 +65,16 @@ logger = logging.getLogger(__name__)
 
 SETTINGS_KEY = "settings.json"
 
-RESUMABLE = {"epochs", "cluster", "scaling", "checkpoint", "overwrite", "order_log"}
+RESUMABLE = {
+    "data",  # known by its digest
+    "output",  # where the run is found
+    "epochs",
+    "cluster",
+    "scaling",
+    "checkpoint",
+    "overwrite",
+    "order_log",
+}
 """Settings that may change between a run and its continuation."""
 
 
@@ -148,10 +157,18 @@ def _plan_network(settings: TrainSettings, manifest: Manifest) -> Network:
         name=settings.model.name,
         classes=manifest.classes,
         preprocessing=preprocessing,
-        weights=settings.model.weights,
+        weights=_absolute(settings.model.weights),
         freeze_backbone=settings.model.freeze == "backbone",
         seed=settings.seed,
     )
+
+
+def _absolute(path: str | None) -> str | None:
+    """The same file for a worker, whose working folder is another one."""
+    if path is None:
+        return None
+    store, key = split_uri(path)
+    return f"{store.uri}/{key}"
 
 
 def _claim_output(
@@ -262,8 +279,7 @@ def _fit(job: TrainJob, resources: WorkerResources) -> None:
 
 def _worker_failure(error: Exception) -> CnnrayError:
     logger.error("%s", error)  # Ray puts the worker's traceback in the text
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return CnnrayError(f"training failed: {lines[-1].strip()}")
+    return CnnrayError(f"training failed: {last_line(error)}")
 
 
 def _train_worker(config: Mapping[str, Any]) -> None:

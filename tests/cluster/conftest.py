@@ -21,7 +21,10 @@ CLUSTER = {"stall_seconds": 120.0, "progress_seconds": 2.0}
 HOSTILE = {
     "empty": (b"", "empty"),
     "text": (b"hello, I am no image", "not_image"),
-    "script": (b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", ""),
+    "script": (
+        b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>",
+        "format_not_allowed",
+    ),
     "huge": (
         b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x01\x00\x00\x00\x01\x00\x00\x08\x02\x00\x00\x00"
         b"\x91v\xb0\xfb",
@@ -56,7 +59,7 @@ def write_hostile(folder: Path) -> dict[str, str]:
     codes = {}
     for name, (data, code) in HOSTILE.items():
         (folder / f"{name}.jpg").write_bytes(data)
-        codes[f"{name}.jpg"] = code or "not_image"
+        codes[f"{name}.jpg"] = code
     (folder / "truncated.jpg").write_bytes(paint("red", 7, side=32, format="JPEG")[:-300])
     return codes | {"truncated.jpg": "truncated"}
 
@@ -67,7 +70,10 @@ def ray_session(seaweed: Any) -> Iterator[None]:
     import ray
 
     # No token is left in the home folder; workers are not starved on a busy machine.
-    values = {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
+    values = {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_worker_niceness": "0",
+    }
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
 
@@ -194,7 +200,9 @@ def trained(run_training: Callable[..., Run]) -> Run:
 
 
 @pytest.fixture
-def evaluate_settings(dataset: Path, trained: Run, tmp_path: Path) -> Callable[..., EvaluateSettings]:
+def evaluate_settings(
+    dataset: Path, trained: Run, tmp_path: Path
+) -> Callable[..., EvaluateSettings]:
     """Evaluation of the trained model on the training split, which has several row groups."""
 
     def build(**changes: Any) -> EvaluateSettings:
@@ -223,6 +231,7 @@ def classify_settings(trained: Run, tmp_path: Path) -> Callable[..., ClassifySet
             "part_rows": 50,
             "chunk_rows": 16,
             "batch_size": 16,
+            "scaling": {"num_workers": 1},
         }
         return ClassifySettings(**{**values, **changes})
 

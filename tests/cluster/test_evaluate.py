@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -73,6 +74,18 @@ def test_a_wrong_row_in_the_report_is_shown_with_its_image(
     report = Path(result["report"]).read_text()
     assert "red/9999.png" in report
     assert "data:image/png;base64," in report
+
+
+def test_a_damaged_shard_ends_the_evaluation_with_its_name(evaluate_settings, dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "dataset")
+    [shard] = sorted((tmp_path / "dataset/test").glob("*.parquet"))
+    data = bytearray(shard.read_bytes())
+    data[4 : len(data) // 2] = bytes(len(data) // 2 - 4)
+    shard.write_bytes(data)
+    with pytest.raises(DataError, match=f"{shard.name} is damaged") as caught:
+        evaluate(evaluate_settings(data=str(tmp_path / "dataset"), split="test"))
+    assert len(str(caught.value).splitlines()) == 2
+    assert not (tmp_path / "evaluation").exists()
 
 
 def test_what_cannot_be_evaluated_is_refused_at_once(evaluate_settings, tmp_path):

@@ -124,7 +124,9 @@ def test_a_table_of_files_is_packed_with_its_labels_and_splits(painter, pack_set
     for colour in painter.colours:
         for number in range(12):
             name = f"{number:04d}.{('png', 'jpeg')[number % 2]}"
-            lines.append(f"files/{colour}/{name},{colour.upper()},{'test' if number < 3 else 'train'}")
+            lines.append(
+                f"files/{colour}/{name},{colour.upper()},{'test' if number < 3 else 'train'}"
+            )
     lines.append("files/red/none.png,RED,train")
     (tmp_path / "table.csv").write_text("\n".join(lines))
     columns = {"path": "where", "label": "kind", "split": "part"}
@@ -152,9 +154,7 @@ def test_a_tar_is_packed(painter, pack_settings, tmp_path):
                 info = tarfile.TarInfo(f"{number:03d}.{suffix}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    result = pack(
-        pack_settings(input=str(tmp_path / "photos.tar"), output=str(tmp_path / "out"))
-    )
+    result = pack(pack_settings(input=str(tmp_path / "photos.tar"), output=str(tmp_path / "out")))
     assert (result["samples"], result["rejected"]) == (30, 0)
     for row in rows_of(tmp_path / "out").to_pylist():
         number = int(Path(row["key"]).stem)
@@ -167,7 +167,10 @@ def test_idx_files_are_packed_bit_for_bit(pack_settings, tmp_path):
 
     random = np.random.default_rng(0)
     (tmp_path / "idx").mkdir()
-    images = {name: random.integers(0, 256, (n, 8, 8), np.uint8) for name, n in (("train", 50), ("t10k", 20))}
+    images = {
+        name: random.integers(0, 256, (n, 8, 8), np.uint8)
+        for name, n in (("train", 50), ("t10k", 20))
+    }
     for name, pixels in images.items():
         labels = (np.arange(len(pixels)) % 10).astype(np.uint8)
         for kind, magic, array in (("images-idx3", 0x803, pixels), ("labels-idx1", 0x801, labels)):

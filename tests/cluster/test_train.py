@@ -6,8 +6,6 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +13,6 @@ import pytest
 import cnnray.cluster.train as train_module
 from cnnray.cluster.train import train
 from cnnray.errors import (
-    CnnrayError,
     ConflictError,
     DataError,
     ModelError,
@@ -118,7 +115,7 @@ def test_two_workers_of_which_one_is_killed_go_on_from_the_checkpoint(
             classifier.register_forward_pre_hook(count)
             return classifier
 
-    assert 12 > len(trained.batches(0))
+    assert len(trained.batches(0)) < 12
     monkeypatch.setattr(train_module, "Network", MortalNetwork)
     run = run_training(epochs=2, scaling={"num_workers": 2, "cpus_per_worker": 0.5})
     assert dead.exists()
@@ -161,18 +158,17 @@ def test_mistakes_are_found_before_a_worker_is_started(run_training, trained, tm
     assert not (tmp_path / "model").exists()
 
 
-def test_a_damaged_shard_ends_the_run_with_its_name(
-    train_settings, dataset, tmp_path
-):
+def test_a_damaged_shard_ends_the_run_with_its_name(train_settings, dataset, tmp_path):
     shutil.copytree(dataset, tmp_path / "dataset")
     [shard, *_] = sorted((tmp_path / "dataset/train").glob("*.parquet"))
     data = bytearray(shard.read_bytes())
     data[4 : len(data) // 2] = bytes(len(data) // 2 - 4)
     shard.write_bytes(data)
     started = time.monotonic()
-    with pytest.raises(CnnrayError, match=shard.name):
+    with pytest.raises(DataError, match=f"{shard.name} is damaged") as caught:
         train(train_settings(data=str(tmp_path / "dataset"), output=str(tmp_path / "model")))
-    assert time.monotonic() - started < 200
+    assert time.monotonic() - started < 240
+    assert len(str(caught.value).splitlines()) == 2
     assert not (tmp_path / "model/model.json").exists()
 
 
@@ -181,7 +177,7 @@ def test_weights_at_a_relative_path_are_fine_tuned_with_a_frozen_backbone(
 ):
     monkeypatch.chdir(trained.folder)
     model = {"name": "tutorial_cnn", "weights": "model.safetensors", "freeze": "backbone"}
-    run = run_training(epochs=1, model=model)
+    run = run_training(epochs=1, model=model, image={"size": 12, "resize": 12})
     assert run.result["val_accuracy"] == 1.0
     before, after = (
         load_bundle(open_store(str(folder))).model.state_dict()

@@ -74,7 +74,7 @@ def all_keys(layout: Sequence[Sequence[int]]) -> list[str]:
     ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(layouts, batch_sizes, unit_sizes, seeds, st.integers(0, 1000))
 def test_an_epoch_holds_every_row_exactly_once(layout, batch, unit, seed, epoch) -> None:
     order = plan(layout, batch=batch, unit=unit, seed=seed, epoch=epoch)
@@ -82,7 +82,7 @@ def test_an_epoch_holds_every_row_exactly_once(layout, batch, unit, seed, epoch)
     assert sorted(keys) == sorted(all_keys(layout))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(layouts, batch_sizes, unit_sizes)
 def test_units_are_bounded_and_cover_every_row_group_without_overlap(layout, batch, unit) -> None:
     order = plan(layout, batch=batch, unit=unit)
@@ -95,7 +95,7 @@ def test_units_are_bounded_and_cover_every_row_group_without_overlap(layout, bat
     assert covered == Counter(all_keys(layout))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(layouts, st.integers(24, 200), unit_sizes, seeds)
 def test_a_global_batch_holds_the_same_samples_for_any_number_of_workers(
     layout, batch, unit, seed
@@ -108,7 +108,7 @@ def test_a_global_batch_holds_the_same_samples_for_any_number_of_workers(
         assert shared == alone
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(layouts, batch_sizes)
 def test_batches_have_the_promised_sizes(layout, batch) -> None:
     order = plan(layout, batch=batch)
@@ -187,6 +187,14 @@ def test_every_rank_gets_rows_in_every_step_if_a_batch_has_one_for_each() -> Non
         for rank in range(num_workers):
             batches = batches_of(order, rank=rank, num_workers=num_workers)
             assert all(len(batch["label"]) for batch in batches)
+
+
+def test_a_lane_uses_its_units_in_order() -> None:
+    order = plan([[300, 41], [70]], batch=48, unit=5)
+    for lane in range(NUM_LANES):
+        batches = batches_of(order, rank=lane, num_workers=NUM_LANES)
+        used = [key for batch in batches for key in batch["key"]]
+        assert used == [key for unit in order.units_of([lane]) for key in read(unit)["key"]]
 
 
 @pytest.mark.parametrize("num_workers", range(1, NUM_LANES + 1))

@@ -51,17 +51,18 @@ def splits_of(packing: PackPlan) -> dict[str, str]:
 def test_every_input_is_planned_once_or_rejected() -> None:
     rows = [entry(f"{n}", label="ab"[n % 2]) for n in range(500)]
     rows += [entry("7", path="again"), entry("x", label=None), entry("x", label="a")]
+    rows += [entry("x", label=None)]
     packing = plan(rows)
     planned = [key for shard in packing.shards for key in shard.entries["key"].to_pylist()]
     rejected = packing.rejected.to_pylist()
     assert sorted(planned) == sorted(str(n) for n in range(500))
     assert Counter((r["key"], r["error_code"]) for r in rejected) == {
         ("7", "duplicate_key"): 1,
-        ("x", "duplicate_key"): 1,
+        ("x", "duplicate_key"): 2,
         ("x", "no_label"): 1,
     }
     assert {row["stage"] for row in rejected} == {"list"}
-    assert packing.num_inputs == 503
+    assert packing.num_inputs == 504
     assert packing.rejected.schema == REJECTED_SCHEMA
 
 

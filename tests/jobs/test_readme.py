@@ -34,7 +34,11 @@ def texts() -> Iterator[str]:
 
 
 COMMANDS = sorted(
-    {command for text in texts() for command in re.findall(r"python (jobs/\w+\.py[^`\n#&|]*)", text)}
+    {
+        command
+        for text in texts()
+        for command in re.findall(r"python (jobs/\w+\.py[^`\n#&|]*)", text)
+    }
 )
 
 
@@ -77,9 +81,7 @@ def test_the_recipes_are_settings_of_train():
     recipes = sorted((ROOT / "jobs/configs").glob("*.yaml"))
     assert recipes
     for recipe in recipes:
-        load_settings(
-            JOBS["train"], ["--config", str(recipe), "--data", "d", "--output", "o"]
-        )
+        load_settings(JOBS["train"], ["--config", str(recipe), "--data", "d", "--output", "o"])
 
 
 def test_the_cluster_file_is_one_that_ray_accepts():
