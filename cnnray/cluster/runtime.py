@@ -98,6 +98,9 @@ def _require_reachable(address: str) -> None:
 def _set_ray_defaults(*, is_local: bool) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    # Torch's threads wait for each other actively by default, which on cores that are shared with
+    # the readers is several times slower (measured: 176 against 1,048 img/s on two busy cores).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Ray sets CUDA_VISIBLE_DEVICES="" for tasks without a GPU today and warns that it will not.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if is_local and "RAY_AUTH_MODE" not in os.environ:
