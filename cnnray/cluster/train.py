@@ -7,11 +7,9 @@ last epoch that is whole.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray.train
@@ -20,26 +18,22 @@ import torch
 import torch.distributed
 
 from cnnray import __version__
-from cnnray.cluster.board import BoardHandler, BoardReader, start_board
+from cnnray.cluster.board import BoardReader, start_board
 from cnnray.cluster.ingest import (
     UNIT_BYTES,
     UNIT_ROWS,
-    KeptBatches,
     SplitReader,
-    set_up_data_context,
 )
 from cnnray.cluster.runtime import WorkerResources, find_cause, last_line, plan_workers, ray_cluster
+from cnnray.cluster.train_display import TrainingDisplay
+from cnnray.cluster.train_worker import TrainJob, train_worker
 from cnnray.config import TrainSettings
-from cnnray.console import ProgressLine, format_seconds
 from cnnray.datasets.manifest import Manifest, get_split, read_manifest
-from cnnray.datasets.order import EpochOrder, assemble, lanes_of, plan_epoch
 from cnnray.errors import (
     CnnrayError,
     ConflictError,
     DataError,
-    NonFiniteLossError,
     SettingsError,
-    StorageError,
     UsageError,
 )
 from cnnray.images.augment import Augmentation, TrainTransform
@@ -47,19 +41,11 @@ from cnnray.images.decode import DecodeLimits
 from cnnray.models.bundle import DOCUMENT_KEY, WEIGHTS_KEY, save_bundle
 from cnnray.storage import Store, child, encode_json, open_store, read_json, sha256, split_uri
 from cnnray.training.checkpoints import (
-    Checkpoint,
     delete_checkpoints,
     load_checkpoint,
     load_latest,
-    model_tensors,
-    save_checkpoint,
 )
-from cnnray.training.loop import EpochData, Trainer, run_epochs
-from cnnray.training.losses import LOSSES
 from cnnray.training.network import Network, plan_preprocessing
-from cnnray.training.optimizers import build_optimizer, learning_rate_factor
-from cnnray.training.order_log import log_order
-from cnnray.training.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -76,20 +62,6 @@ RESUMABLE = {
     "order_log",
 }
 """Settings that may change between a run and its continuation."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainJob:
-    """Everything a worker needs; it travels to each of them."""
-
-    settings: TrainSettings
-    network: Network
-    train: SplitReader
-    val: SplitReader | None
-    run: Store
-    order_log: Store | None
-    threads: int
-    board: Any
 
 
 def train(settings: TrainSettings) -> dict[str, Any]:
@@ -245,7 +217,7 @@ def _fit(job: TrainJob, resources: WorkerResources) -> None:
     reservation = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
     with tempfile.TemporaryDirectory(prefix="cnnray-train-") as ray_state:
         trainer = ray.train.torch.TorchTrainer(
-            _train_worker,
+            train_worker,
             train_loop_config={"job": job},
             torch_config=ray.train.torch.TorchConfig(
                 timeout_s=int(job.settings.cluster.stall_seconds)
@@ -265,7 +237,7 @@ def _fit(job: TrainJob, resources: WorkerResources) -> None:
             ),
         )
         with (
-            _TrainingDisplay(job.settings.cluster.progress_seconds) as display,
+            TrainingDisplay(job.settings.cluster.progress_seconds) as display,
             BoardReader(job.board, display.show),
         ):
             try:
@@ -280,185 +252,6 @@ def _fit(job: TrainJob, resources: WorkerResources) -> None:
 def _worker_failure(error: Exception) -> CnnrayError:
     logger.error("%s", error)  # Ray puts the worker's traceback in the text
     return CnnrayError(f"training failed: {last_line(error)}")
-
-
-def _train_worker(config: Mapping[str, Any]) -> None:
-    """One rank of Ray Train."""
-    job: TrainJob = config["job"]
-    settings = job.settings
-    context = ray.train.get_context()
-    rank, num_workers = context.get_world_rank(), context.get_world_size()
-    set_up_data_context(stall_seconds=settings.cluster.stall_seconds, preserve_order=True)
-    torch.set_num_threads(job.threads)
-    if rank == 0:
-        logging.getLogger("cnnray").addHandler(BoardHandler(job.board))
-    if ray.get(job.board.get_failure.remote(), timeout=60) is not None:
-        return  # restarted, but for a reason that a restart does not cure
-    checkpoint = load_latest(job.run)
-    trainer = _build_trainer(job, checkpoint)
-    history = list(checkpoint.history) if checkpoint else []
-    try:
-        for result in run_epochs(
-            trainer,
-            first_epoch=len(history),
-            epochs=settings.epochs,
-            data=_epoch_feeder(job, len(history), rank=rank, num_workers=num_workers),
-            seed=settings.seed,
-            rank=rank,
-            num_workers=num_workers,
-            reduce=_all_reduce if num_workers > 1 else lambda tensor: tensor,
-            report_seconds=settings.cluster.progress_seconds,
-            on_progress=lambda progress: job.board.post.remote(progress) if rank == 0 else None,
-        ):
-            history.append(result.to_dict())
-            if rank == 0:
-                save_checkpoint(job.run, _snapshot(trainer, history), keep=settings.checkpoint.keep)
-                job.board.post.remote(result)
-            ray.train.report(_numbers(history[-1]))  # every rank waits here for the checkpoint
-    except Exception as error:
-        cause = find_cause(error)
-        if cause is None or isinstance(cause, StorageError):
-            raise  # a lost worker, a store that is out of reach: a restart may help
-        ray.get(job.board.fail.remote(cause), timeout=60)
-        if not isinstance(cause, NonFiniteLossError):
-            raise  # on this rank alone: ends the others, too
-
-
-def _build_trainer(job: TrainJob, checkpoint: Checkpoint | None) -> Trainer:
-    settings = job.settings
-    device = ray.train.torch.get_device()
-    classifier = job.network.build(with_weights=checkpoint is None)
-    if checkpoint is not None:
-        classifier.load_state_dict(checkpoint.model)
-    classifier = classifier.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model = ray.train.torch.prepare_model(classifier)
-    optimizer = build_optimizer(model, **settings.optimizer.model_dump())
-    if checkpoint is not None:
-        optimizer.load_state_dict(checkpoint.optimizer)
-    order = _order(job, epoch=0)
-
-    def learning_rate(step: int) -> float:
-        factor = learning_rate_factor(
-            step,
-            name=settings.schedule.name,
-            total_steps=order.num_steps * settings.epochs,
-            warmup_steps=round(order.num_steps * settings.schedule.warmup_epochs),
-            min_fraction=settings.schedule.min_fraction,
-        )
-        return settings.optimizer.lr * factor
-
-    return Trainer(
-        model=model,
-        optimizer=optimizer,
-        loss=LOSSES[settings.loss.name],
-        learning_rate=learning_rate,
-        device=device,
-        step=checkpoint.step if checkpoint else 0,
-    )
-
-
-def _order(job: TrainJob, *, epoch: int) -> EpochOrder:
-    return plan_epoch(
-        job.train.row_groups,
-        seed=job.settings.seed,
-        epoch=epoch,
-        global_batch_size=job.settings.global_batch_size,
-        max_unit_rows=job.train.unit_rows,
-    )
-
-
-def _epoch_feeder(
-    job: TrainJob, first_epoch: int, *, rank: int, num_workers: int
-) -> Callable[[int], EpochData]:
-    """This rank's data of each epoch, asked for in turn, out of one stream that reads ahead."""
-    lanes = lanes_of(rank, num_workers=num_workers)
-    blocks = job.train.stream_epochs(
-        range(first_epoch, job.settings.epochs),
-        lambda epoch: _order(job, epoch=epoch).units_of(lanes),
-    )
-    val = job.val
-    validation = () if val is None else KeptBatches(lambda: val.share(rank, num_workers))
-
-    def feed(epoch: int) -> EpochData:
-        order = _order(job, epoch=epoch)
-        batches = assemble(order, blocks, lanes=lanes)
-        if job.order_log is not None:
-            batches = log_order(
-                batches, store=job.order_log, epoch=epoch, rank=rank, num_workers=num_workers
-            )
-        return EpochData(
-            batches=batches,
-            global_batch_sizes=order.batch_sizes,
-            validation=validation,
-        )
-
-    return feed
-
-
-def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
-    torch.distributed.all_reduce(tensor)
-    return tensor
-
-
-def _snapshot(trainer: Trainer, history: list[dict[str, Any]]) -> Checkpoint:
-    classifier = getattr(trainer.model, "module", trainer.model)
-    return Checkpoint(
-        model=model_tensors(classifier),
-        optimizer=trainer.optimizer.state_dict(),
-        step=trainer.step,
-        history=tuple(history),
-    )
-
-
-def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in result.items() if value is not None}
-
-
-class _TrainingDisplay(ProgressLine):
-    """Prints the messages of the workers."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__(total=0, unit="step", label="train", seconds=seconds)
-
-    def show(self, message: Any) -> None:
-        """A ``Progress``, an ``EpochResult`` or the text of a worker's warning."""
-        if isinstance(message, str):
-            logger.warning("%s", message)
-        elif isinstance(message, Progress):
-            self._show_progress(message)
-        else:
-            logger.info("%s", _epoch_line(message))
-
-    def _show_progress(self, progress: Progress) -> None:
-        note = (
-            f"loss {progress.loss:.4f}, accuracy {progress.accuracy:.4f},"
-            f" {progress.samples_per_second:,.0f} img/s,"
-            f" waiting {progress.data_wait_fraction:.0%}"
-        )
-        if self.bar is not None:
-            self.bar.total = progress.epochs * progress.steps
-            self.update(progress.epoch * progress.steps + progress.step, note)
-            return
-        logger.info(
-            "epoch %d/%d step %d/%d: %s, %s left",
-            progress.epoch + 1,
-            progress.epochs,
-            progress.step,
-            progress.steps,
-            note,
-            format_seconds(progress.eta_seconds),
-        )
-
-
-def _epoch_line(result: Any) -> str:
-    validation = ""
-    if result.val_loss is not None:
-        validation = f", val loss {result.val_loss:.4f}, val accuracy {result.val_accuracy:.4f}"
-    return (
-        f"epoch {result.epoch + 1} done: train loss {result.train_loss:.4f},"
-        f" train accuracy {result.train_accuracy:.4f}{validation}"
-        f" ({format_seconds(result.seconds)})"
-    )
 
 
 def _finish(job: TrainJob, *, manifest: Manifest, output: Store, seconds: float) -> dict[str, Any]:

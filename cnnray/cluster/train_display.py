@@ -1,0 +1,58 @@
+"""Training as people see it: the messages of the workers, printed by the driver."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from cnnray.console import ProgressLine, format_seconds
+from cnnray.training.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingDisplay(ProgressLine):
+    """Prints the messages of the workers."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(total=0, unit="step", label="train", seconds=seconds)
+
+    def show(self, message: Any) -> None:
+        """A ``Progress``, an ``EpochResult`` or the text of a worker's warning."""
+        if isinstance(message, str):
+            logger.warning("%s", message)
+        elif isinstance(message, Progress):
+            self._show_progress(message)
+        else:
+            logger.info("%s", _epoch_line(message))
+
+    def _show_progress(self, progress: Progress) -> None:
+        note = (
+            f"loss {progress.loss:.4f}, accuracy {progress.accuracy:.4f},"
+            f" {progress.samples_per_second:,.0f} img/s,"
+            f" waiting {progress.data_wait_fraction:.0%}"
+        )
+        if self.bar is not None:
+            self.bar.total = progress.epochs * progress.steps
+            self.update(progress.epoch * progress.steps + progress.step, note)
+            return
+        logger.info(
+            "epoch %d/%d step %d/%d: %s, %s left",
+            progress.epoch + 1,
+            progress.epochs,
+            progress.step,
+            progress.steps,
+            note,
+            format_seconds(progress.eta_seconds),
+        )
+
+
+def _epoch_line(result: Any) -> str:
+    validation = ""
+    if result.val_loss is not None:
+        validation = f", val loss {result.val_loss:.4f}, val accuracy {result.val_accuracy:.4f}"
+    return (
+        f"epoch {result.epoch + 1} done: train loss {result.train_loss:.4f},"
+        f" train accuracy {result.train_accuracy:.4f}{validation}"
+        f" ({format_seconds(result.seconds)})"
+    )

@@ -1,0 +1,173 @@
+"""One rank of a training run, inside a Ray Train worker."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed
+
+from cnnray.cluster.board import BoardHandler
+from cnnray.cluster.ingest import KeptBatches, SplitReader, set_up_data_context
+from cnnray.cluster.runtime import find_cause
+from cnnray.config import TrainSettings
+from cnnray.datasets.order import EpochOrder, assemble, lanes_of, plan_epoch
+from cnnray.errors import NonFiniteLossError, StorageError
+from cnnray.storage import Store
+from cnnray.training.checkpoints import Checkpoint, load_latest, model_tensors, save_checkpoint
+from cnnray.training.loop import EpochData, Trainer, run_epochs
+from cnnray.training.losses import LOSSES
+from cnnray.training.network import Network
+from cnnray.training.optimizers import build_optimizer, learning_rate_factor
+from cnnray.training.order_log import log_order
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainJob:
+    """Everything a worker needs; it travels to each of them."""
+
+    settings: TrainSettings
+    network: Network
+    train: SplitReader
+    val: SplitReader | None
+    run: Store
+    order_log: Store | None
+    threads: int
+    board: Any
+
+
+def train_worker(config: Mapping[str, Any]) -> None:
+    """One rank of Ray Train."""
+    job: TrainJob = config["job"]
+    settings = job.settings
+    context = ray.train.get_context()
+    rank, num_workers = context.get_world_rank(), context.get_world_size()
+    set_up_data_context(stall_seconds=settings.cluster.stall_seconds, preserve_order=True)
+    torch.set_num_threads(job.threads)
+    if rank == 0:
+        logging.getLogger("cnnray").addHandler(BoardHandler(job.board))
+    if ray.get(job.board.get_failure.remote(), timeout=60) is not None:
+        return  # restarted, but for a reason that a restart does not cure
+    checkpoint = load_latest(job.run)
+    trainer = _build_trainer(job, checkpoint)
+    history = list(checkpoint.history) if checkpoint else []
+    try:
+        for result in run_epochs(
+            trainer,
+            first_epoch=len(history),
+            epochs=settings.epochs,
+            data=_epoch_feeder(job, len(history), rank=rank, num_workers=num_workers),
+            seed=settings.seed,
+            rank=rank,
+            num_workers=num_workers,
+            reduce=_all_reduce if num_workers > 1 else lambda tensor: tensor,
+            report_seconds=settings.cluster.progress_seconds,
+            on_progress=lambda progress: job.board.post.remote(progress) if rank == 0 else None,
+        ):
+            history.append(result.to_dict())
+            if rank == 0:
+                save_checkpoint(job.run, _snapshot(trainer, history), keep=settings.checkpoint.keep)
+                job.board.post.remote(result)
+            ray.train.report(_numbers(history[-1]))  # every rank waits here for the checkpoint
+    except Exception as error:
+        cause = find_cause(error)
+        if cause is None or isinstance(cause, StorageError):
+            raise  # a lost worker, a store that is out of reach: a restart may help
+        ray.get(job.board.fail.remote(cause), timeout=60)
+        if not isinstance(cause, NonFiniteLossError):
+            raise  # on this rank alone: ends the others, too
+
+
+def _build_trainer(job: TrainJob, checkpoint: Checkpoint | None) -> Trainer:
+    settings = job.settings
+    device = ray.train.torch.get_device()
+    classifier = job.network.build(with_weights=checkpoint is None)
+    if checkpoint is not None:
+        classifier.load_state_dict(checkpoint.model)
+    classifier = classifier.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = ray.train.torch.prepare_model(classifier)
+    optimizer = build_optimizer(model, **settings.optimizer.model_dump())
+    if checkpoint is not None:
+        optimizer.load_state_dict(checkpoint.optimizer)
+    order = _order(job, epoch=0)
+
+    def learning_rate(step: int) -> float:
+        factor = learning_rate_factor(
+            step,
+            name=settings.schedule.name,
+            total_steps=order.num_steps * settings.epochs,
+            warmup_steps=round(order.num_steps * settings.schedule.warmup_epochs),
+            min_fraction=settings.schedule.min_fraction,
+        )
+        return settings.optimizer.lr * factor
+
+    return Trainer(
+        model=model,
+        optimizer=optimizer,
+        loss=LOSSES[settings.loss.name],
+        learning_rate=learning_rate,
+        device=device,
+        step=checkpoint.step if checkpoint else 0,
+    )
+
+
+def _order(job: TrainJob, *, epoch: int) -> EpochOrder:
+    return plan_epoch(
+        job.train.row_groups,
+        seed=job.settings.seed,
+        epoch=epoch,
+        global_batch_size=job.settings.global_batch_size,
+        max_unit_rows=job.train.unit_rows,
+    )
+
+
+def _epoch_feeder(
+    job: TrainJob, first_epoch: int, *, rank: int, num_workers: int
+) -> Callable[[int], EpochData]:
+    """This rank's data of each epoch, asked for in turn, out of one stream that reads ahead."""
+    lanes = lanes_of(rank, num_workers=num_workers)
+    blocks = job.train.stream_epochs(
+        range(first_epoch, job.settings.epochs),
+        lambda epoch: _order(job, epoch=epoch).units_of(lanes),
+    )
+    val = job.val
+    validation = () if val is None else KeptBatches(lambda: val.share(rank, num_workers))
+
+    def feed(epoch: int) -> EpochData:
+        order = _order(job, epoch=epoch)
+        batches = assemble(order, blocks, lanes=lanes)
+        if job.order_log is not None:
+            batches = log_order(
+                batches, store=job.order_log, epoch=epoch, rank=rank, num_workers=num_workers
+            )
+        return EpochData(
+            batches=batches,
+            global_batch_sizes=order.batch_sizes,
+            validation=validation,
+        )
+
+    return feed
+
+
+def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def _snapshot(trainer: Trainer, history: list[dict[str, Any]]) -> Checkpoint:
+    classifier = getattr(trainer.model, "module", trainer.model)
+    return Checkpoint(
+        model=model_tensors(classifier),
+        optimizer=trainer.optimizer.state_dict(),
+        step=trainer.step,
+        history=tuple(history),
+    )
+
+
+def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in result.items() if value is not None}
