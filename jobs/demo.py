@@ -46,6 +46,7 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
                 epochs=settings.epochs,
                 optimizer={"lr": 0.003},
                 schedule={"name": "cosine"},
+                augment={"rotation": 10},
                 overwrite=True,
             )
         )

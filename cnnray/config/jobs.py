@@ -156,5 +156,5 @@ class DemoSettings(JobSettings):
 
     output: str = "demo"
     """folder for the images, the dataset, the model, the report and the labels"""
-    epochs: PositiveInt = 15
+    epochs: PositiveInt = 20
     """passes over the training split"""
