@@ -79,9 +79,9 @@ LABELS_SCHEMA = pa.schema(
 """One labelled image, or one image that could not be labelled."""
 
 
-def labels_schema(embedding_dim: int | None) -> pa.Schema:
-    """The schema of label rows; with an ``embedding`` of float16[embedding_dim] if asked."""
-    if embedding_dim is None:
+def labels_schema(*, embeddings: bool) -> pa.Schema:
+    """The schema of label rows; with an ``embedding``, a list of float16, if asked."""
+    if not embeddings:
         return LABELS_SCHEMA
     position = LABELS_SCHEMA.get_field_index("width")
     # Not a list of fixed size: pyarrow cannot read one back from Parquet where a row has none.

@@ -66,7 +66,7 @@ def classify(settings: ClassifySettings) -> dict[str, Any]:
     started = time.perf_counter()
     output, model = open_store(settings.output), open_store(settings.model)
     bundle = load_bundle(model)  # a wrong bundle is found before anything is started
-    if _has_labels(output):
+    if labels_exist(output):
         raise UsageError(f"{output.uri} holds labels already", hint="choose another --output")
     source = open_source(
         settings.input, format=settings.format, labelled=False, **settings.columns.options()
@@ -86,15 +86,6 @@ def classify(settings: ClassifySettings) -> dict[str, Any]:
         settings=settings,
         seconds=time.perf_counter() - started,
     )
-
-
-def _has_labels(output: Store) -> bool:
-    try:
-        return labels_exist(output)
-    except UsageError:
-        if output.uri.startswith("s3://"):
-            raise  # no such bucket, no access
-        return False
 
 
 def _run_id(plan: LabelPlan, model_digest: str) -> str:

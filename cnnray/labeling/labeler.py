@@ -59,17 +59,7 @@ class Labeler:
         iterator = iter(samples)
         while batch := list(islice(iterator, self.batch_size)):
             rows.extend(self._label_batch(batch))
-        dimension = None
-        if self.embeddings:
-            dimension = self.embedding_dim()
-        return pa.Table.from_pylist(rows, labels_schema(dimension))
-
-    def embedding_dim(self) -> int:
-        """The width of an embedding, found by one forward pass of a blank image."""
-        size, channels = self.spec.preprocessing.size, self.spec.preprocessing.channels
-        blank = torch.zeros((1, channels, size, size), dtype=torch.uint8, device=self.device)
-        with torch.inference_mode():
-            return int(self.model.embed(blank).shape[1])
+        return pa.Table.from_pylist(rows, labels_schema(embeddings=self.embeddings))
 
     def _label_batch(self, batch: Sequence[Sample]) -> Iterator[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
