@@ -14,17 +14,27 @@ logger = logging.getLogger(__name__)
 
 
 class ProgressLine:
-    """Shows how much of ``total`` is done; ``note`` is what else there is to say."""
+    """Shows how much of ``total`` is done; ``initial`` of it was done before."""
 
-    def __init__(self, *, total: int, unit: str, label: str, seconds: float) -> None:
+    def __init__(
+        self, *, total: int, unit: str, label: str, seconds: float, initial: int = 0
+    ) -> None:
         self.total = total
+        self.initial = initial
         self.unit = unit
         self.label = label
         self.seconds = seconds
         self.started = self.printed = time.monotonic()
         self.bar = None
         if sys.stderr.isatty():
-            self.bar = tqdm(total=total, unit=unit, desc=label, file=sys.stderr, dynamic_ncols=True)
+            self.bar = tqdm(
+                total=total,
+                initial=initial,
+                unit=unit,
+                desc=label,
+                file=sys.stderr,
+                dynamic_ncols=True,
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -39,7 +49,7 @@ class ProgressLine:
             self.bar.close()
 
     def update(self, done: int, note: str = "") -> None:
-        """Say that ``done`` of the total are done."""
+        """Say that ``done`` of the total are done; ``note`` is what else there is to say."""
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(done - self.bar.n)
@@ -48,7 +58,7 @@ class ProgressLine:
         if now - self.printed < self.seconds and done < self.total:
             return
         self.printed = now
-        rate = done / max(now - self.started, 1e-9)
+        rate = (done - self.initial) / max(now - self.started, 1e-9)
         left = (self.total - done) / rate if rate else float("inf")
         logger.info(
             "%s: %s / %s %s, %.0f %s/s, %s left%s",

@@ -8,6 +8,9 @@
     - StorageError               a path, bucket, permission or endpoint
       . MissingObjectError       an object that is not there
       . AlreadyExistsError       an object that is there, with other content
+      . ChangedObjectError       an object that is no longer the one that was listed
+      . AccessDeniedError        a key without the permission
+      . UnavailableError      4  a store that did not answer in time, however often it was asked
   + TooManyBadImagesError     3  more bad images than the budget allows; the rows are kept
   + IncompleteError           4  work is left: submit the same command again
   + ConflictError             5  another run, or other settings, own this output
@@ -64,6 +67,20 @@ class MissingObjectError(StorageError):
 
 class AlreadyExistsError(StorageError):
     """The object exists already, with other content."""
+
+
+class ChangedObjectError(StorageError):
+    """The object is not the one that was listed: its etag differs."""
+
+
+class AccessDeniedError(StorageError):
+    """The credentials do not allow this."""
+
+
+class UnavailableError(StorageError):
+    """The store did not answer within the deadline, after every retry; later it may."""
+
+    exit_code = 4
 
 
 class TooManyBadImagesError(CnnrayError):

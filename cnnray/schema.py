@@ -5,11 +5,12 @@ import pyarrow as pa
 DATASET_VERSION = 1
 BUNDLE_VERSION = 1
 LABELS_VERSION = 1
+PLAN_VERSION = 1
 
 SPLITS = ("train", "val", "test")
 
 # Why one image could not be used. ``read`` errors come from the store, the others from its bytes.
-READ_ERROR_CODES = ("missing", "read_failed")
+READ_ERROR_CODES = ("missing", "changed", "read_failed")
 IMAGE_ERROR_CODES = (
     "empty",
     "not_image",
@@ -18,6 +19,8 @@ IMAGE_ERROR_CODES = (
     "corrupt",
     "too_large",
 )
+DECODER_ERROR_CODES = ("decoder_crash", "decoder_timeout", "decoder_oom")
+"""What an image did to the process that decoded it."""
 
 MAX_ERROR_DETAIL = 200
 """Characters kept of an error's detail, so that a hostile file cannot bloat a table."""
@@ -47,6 +50,11 @@ ENTRY_SCHEMA = pa.schema(
     ]
 )
 """One input that a source listed: how to name it, find it, and what is known of it."""
+
+PLAN_SCHEMA = pa.schema(
+    [ENTRY_SCHEMA.field(name) for name in ("key", "path", "offset", "length", "etag")]
+)
+"""One input that a labelling run has to label."""
 
 REJECTED_SCHEMA = pa.schema(
     [
@@ -87,6 +95,20 @@ def labels_schema(*, embeddings: bool) -> pa.Schema:
     # Not a list of fixed size: pyarrow cannot read one back from Parquet where a row has none.
     return LABELS_SCHEMA.insert(position, pa.field("embedding", pa.list_(pa.float16())))
 
+
+PARTS_SCHEMA = pa.schema(
+    [
+        pa.field("path", pa.string(), nullable=False),  # URI
+        pa.field("part", pa.int32(), nullable=False),
+        pa.field("rows", pa.int64(), nullable=False),
+        pa.field("ok", pa.int64(), nullable=False),
+        pa.field("errors", pa.int64(), nullable=False),
+        pa.field("bytes", pa.int64(), nullable=False),
+        pa.field("etag", pa.string(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+    ]
+)
+"""One part of a committed run: its manifest has a row for each. 0 rows: sealed by an abort."""
 
 PREDICTIONS_SCHEMA = pa.schema(
     [

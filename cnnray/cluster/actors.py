@@ -21,7 +21,7 @@ from ray.data import ActorPoolStrategy
 from cnnray.cluster.ingest import set_up_data_context
 from cnnray.cluster.runtime import find_cause, last_line
 from cnnray.config import InferenceScalingSettings
-from cnnray.errors import CnnrayError, SettingsError
+from cnnray.errors import CnnrayError, IncompleteError, SettingsError
 
 MAX_RESTARTS = 3
 """Of one actor, and of a table that was with a dead one; Ray Data's defaults are without end."""
@@ -61,7 +61,8 @@ def map_tables(
 ) -> Iterator[pa.Table]:
     """``actor(**arguments)(table)`` for every table, in the order in which they are done.
 
-    A ``CnnrayError`` of an actor is raised as it is; other failures as ``CnnrayError``.
+    A ``CnnrayError`` of an actor is raised as it is, a bug as ``CnnrayError``, and
+    ``IncompleteError`` when workers keep dying or nothing moves.
     """
     tables = list(tables)
     set_up_data_context(stall_seconds=stall_seconds, preserve_order=False)
@@ -81,5 +82,6 @@ def map_tables(
     try:
         yield from results.iter_batches(batch_size=None, batch_format="pyarrow")
     except (ray.exceptions.RayError, RuntimeError) as error:
-        cause = find_cause(error)
-        raise (cause or CnnrayError(f"a worker failed: {last_line(error)}")) from error
+        is_bug = isinstance(error, ray.exceptions.RayTaskError)
+        kind = CnnrayError if is_bug else IncompleteError
+        raise (find_cause(error) or kind(f"a worker failed: {last_line(error)}")) from error

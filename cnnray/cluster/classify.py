@@ -1,38 +1,54 @@
-"""The classify job: actors read, decode and label chunks; the driver alone writes the parts."""
+"""The classify job: workers read, decode and label chunks; the driver alone writes.
+
+Plan, publish and commit are ``cnnray.labeling``'s: a driver may be killed anywhere, and run twice.
+"""
 
 from __future__ import annotations
 
-import datetime
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray
 
 from cnnray.cluster.actors import actor_device, map_tables
-from cnnray.cluster.listing import list_entries
-from cnnray.cluster.runtime import ray_cluster
+from cnnray.cluster.runtime import ray_cluster, stop_on_sigterm
 from cnnray.config import ClassifySettings
 from cnnray.console import ProgressLine
-from cnnray.datasets.sources import Source, open_source
-from cnnray.errors import DataError, IncompleteError, TooManyBadImagesError, UsageError
+from cnnray.datasets.listing import list_in_order
+from cnnray.datasets.sources import Source, copy_rows, open_source
+from cnnray.errors import DataError, IncompleteError, TooManyBadImagesError
 from cnnray.images.decode import DecodeLimits
+from cnnray.labeling.assembler import PartAssembler
+from cnnray.labeling.commit import Run, RunTotals, finish_run, published_parts
 from cnnray.labeling.labeler import Labeler, Sample
-from cnnray.labeling.parts import DATA_FOLDER, PartAssembler, labels_exist, publish_part
-from cnnray.labeling.plan import LabelPlan, plan_labels
-from cnnray.models.bundle import load_bundle
+from cnnray.labeling.parts import PublishedPart, publish_part
+from cnnray.labeling.plan import DATA_FOLDER
+from cnnray.labeling.runs import begin_run, claim_table
+from cnnray.models.bundle import Bundle, load_bundle
 from cnnray.storage import Store, open_store
 
 logger = logging.getLogger(__name__)
 
+MAX_PASSES = 3
+"""Times that a run's missing parts are gone through: another driver may die with some of them."""
+WAVE_ROWS = 1_000_000
+"""Images handed to Ray Data at a time, at most about: their names are in the object store."""
+
 
 class LabelActor:
-    """One worker: labels chunks with its own copy of the model."""
+    """One worker: labels chunks with its own copy of the model. It writes nothing."""
 
-    def __init__(self, *, model: Store, source: Source, settings: ClassifySettings) -> None:
+    def __init__(
+        self, *, model: Store, source: Source, run: Run, settings: ClassifySettings
+    ) -> None:
         self.source = source
+        self.run = run
+        self.done: set[int] = set()  # parts that are published
         self.labeler = Labeler(
             load_bundle(model),
             top_k=settings.top_k,
@@ -40,10 +56,15 @@ class LabelActor:
             batch_size=settings.batch_size,
             limits=DecodeLimits(**settings.limits.model_dump()),
             device=actor_device(use_gpu=settings.scaling.use_gpu),
+            # An actor that died may have been killed by an image, which it will be given again.
+            careful=ray.get_runtime_context().was_current_actor_reconstructed,
+            decode_seconds=settings.decode_seconds,
         )
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
-        """Label rows of a chunk, with the place of the chunk in the plan."""
+        """Label rows of a chunk with their places in the plan; none if its part is published."""
+        if self._is_published(chunk["part"][0].as_py()):
+            chunk = chunk.slice(0, 0)
         samples = (
             Sample(key, etag, data)
             for key, etag, data in zip(
@@ -54,137 +75,200 @@ class LabelActor:
             )
         )
         rows = self.labeler.label(samples)
-        return rows.append_column("part", chunk["part"]).append_column("chunk", chunk["chunk"])
+        return rows.append_column("part", chunk["part"]).append_column("row", chunk["row"])
+
+    def _is_published(self, part: int) -> bool:
+        """Whether somebody, perhaps another driver, was faster: then the work would be in vain."""
+        if part not in self.done and self.run.store.head(self.run.part_key(part)) is not None:
+            self.done.add(part)
+        return part in self.done
 
 
 def classify(settings: ClassifySettings) -> dict[str, Any]:
-    """Label every image of the input once, and return the job's result.
+    """Label what is new in the input, each image once, and return the job's result.
 
-    Raises ``UsageError`` when there are labels at the output, ``DataError`` when there is nothing
-    to label, ``TooManyBadImagesError`` (all rows are there) beyond the budget.
+    Raises ``ConflictError`` when the output is of another model or an open run has other settings,
+    ``DataError`` when there are no images, ``IncompleteError`` when work is left (on SIGTERM, too),
+    ``TooManyBadImagesError`` (all rows are there) beyond the budget.
     """
     started = time.perf_counter()
-    output, model = open_store(settings.output), open_store(settings.model)
-    bundle = load_bundle(model)  # a wrong bundle is found before anything is started
-    if labels_exist(output):
-        raise UsageError(f"{output.uri} holds labels already", hint="choose another --output")
-    source = open_source(
-        settings.input, format=settings.format, labelled=False, **settings.columns.options()
-    )
-    with ray_cluster(settings.cluster):
-        entries = list_entries(source, stall_seconds=settings.cluster.stall_seconds)
-        if entries.num_rows == 0:
-            raise DataError(f"no images at all in {settings.input}", hint="check --input")
-        plan = plan_labels(entries, part_rows=settings.part_rows, chunk_rows=settings.chunk_rows)
-        run = _run_id(plan, bundle.digest)
-        counts = _label(plan, run=run, source=source, model=model, output=output, settings=settings)
-    return _result(
-        plan,
-        counts,
-        run=run,
-        output=output,
-        settings=settings,
-        seconds=time.perf_counter() - started,
-    )
+    with stop_on_sigterm():
+        output = open_store(settings.output, single_writer=settings.single_writer)
+        model = open_store(settings.model)
+        bundle = load_bundle(model)  # a wrong bundle is found before anything is started
+        source = open_source(
+            settings.input, format=settings.format, labelled=False, **settings.columns.options()
+        )
+        claim_table(output, _identity(settings, bundle))
+        finished: list[tuple[Run, RunTotals]] = []
+        is_mine = False
+        while not is_mine:  # a run that was open is finished first, then what is new since
+            begun = begin_run(
+                output,
+                config=_config(settings),
+                list_inputs=lambda: _list_inputs(source, settings),
+                part_rows=settings.part_rows,
+                on_changed=settings.on_changed,
+            )
+            if begun is None:
+                break
+            run, is_mine = begun
+            finished.append((run, _work_on(run, settings, source, model, is_mine=is_mine)))
+    return _result(finished, output, settings, seconds=time.perf_counter() - started)
 
 
-def _run_id(plan: LabelPlan, model_digest: str) -> str:
-    """A name for people (the time) that also says what was done (plan and model)."""
-    now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
-    return f"{now}-{plan.digest[:8]}-{model_digest[:8]}"
+def _identity(settings: ClassifySettings, bundle: Bundle) -> dict[str, Any]:
+    """What all rows of a table have in common."""
+    return {
+        "model": bundle.digest,
+        "top_k": min(settings.top_k, len(bundle.spec.classes)),
+        "embeddings": settings.embeddings,
+    }
+
+
+def _config(settings: ClassifySettings) -> dict[str, Any]:
+    """The settings that decide what a run labels: another driver with the same may join it."""
+    config: dict[str, Any] = {"input": open_store(settings.input).uri}
+    for name in ("format", "part_rows", "on_changed"):
+        config[name] = getattr(settings, name)
+    for name in ("columns", "limits"):
+        section = getattr(settings, name).model_dump()
+        config |= {f"{name}.{setting}": value for setting, value in section.items()}
+    return config
+
+
+def _list_inputs(source: Source, settings: ClassifySettings) -> Iterator[pa.Table]:
+    count = 0
+    for table in list_in_order(source):
+        count += table.num_rows
+        yield table
+    logger.info("%s images in %s", f"{count:,}", settings.input)
+    if count == 0:
+        raise DataError(f"no images at all in {settings.input}", hint="check --input")
+
+
+def _work_on(
+    run: Run, settings: ClassifySettings, source: Source, model: Store, *, is_mine: bool
+) -> RunTotals:
+    """Label and publish every missing part of a run, and commit it."""
+    published: dict[int, PublishedPart] = {}
+    for _ in range(MAX_PASSES):
+        there = published_parts(run)
+        missing = [part for part in range(run.plan.num_parts) if part not in there]
+        if not missing:
+            break
+        logger.info(
+            "run %s: %s of %s images in %d of %d parts to label",
+            run.id,
+            f"{sum(map(run.plan.rows_of, missing)):,}",
+            f"{run.plan.rows:,}",
+            len(missing),
+            run.plan.num_parts,
+        )
+        if not is_mine:  # from the other end: the driver that opened the run may be alive
+            missing.reverse()
+        with ray_cluster(settings.cluster):
+            published |= _label(run, missing, settings, source, model)
+    return finish_run(run, published)
 
 
 def _label(
-    plan: LabelPlan,
-    *,
-    run: str,
-    source: Source,
-    model: Store,
-    output: Store,
-    settings: ClassifySettings,
-) -> dict[str, int]:
-    """Label every chunk and publish every part; counts of rows by status."""
-    assembler = PartAssembler(plan)
-    counts = {"ok": 0, "error": 0}
+    run: Run, missing: Sequence[int], settings: ClassifySettings, source: Source, model: Store
+) -> dict[int, PublishedPart]:
+    """Label the missing parts and publish each one; those that this driver has written."""
+    published: dict[int, PublishedPart] = {}
+    done = run.plan.rows - sum(map(run.plan.rows_of, missing))
+    assembler, errors, parts = PartAssembler(), 0, run.plan.num_parts - len(missing)
     with ProgressLine(
-        total=plan.entries.num_rows,
+        total=run.plan.rows,
+        initial=done,
         unit="images",
         label="classify",
         seconds=settings.cluster.progress_seconds,
     ) as progress:
-        for rows in map_tables(
-            _chunk_tables(plan),
-            LabelActor,
-            {"model": model, "source": source, "settings": settings},
-            scaling=settings.scaling,
-            stall_seconds=settings.cluster.stall_seconds,
-        ):
-            for part, chunk, labels in _by_chunk(rows):
-                for item in pc.value_counts(labels["status"]).to_pylist():
-                    counts[item["values"]] += item["counts"]
-                whole = assembler.add(part, chunk, labels)
-                if whole is not None:
-                    name = f"{DATA_FOLDER}/run={run}/{plan.part_name(part)}"
-                    publish_part(output, name, whole)
-            done = counts["ok"] + counts["error"]
-            parts = f"{len(assembler.finished)} / {plan.num_parts} parts"
-            progress.update(done, f"{counts['error']:,} errors, {parts}")
-    if assembler.num_missing:
-        raise IncompleteError(f"{assembler.num_missing} of {plan.num_parts} parts are incomplete")
-    return counts
+        try:
+            for wave in _waves(run, missing):
+                for rows in map_tables(
+                    _chunks(run, wave, assembler, chunk_rows=settings.chunk_rows),
+                    LabelActor,
+                    {"model": model, "source": source, "run": run, "settings": settings},
+                    scaling=settings.scaling,
+                    stall_seconds=settings.cluster.stall_seconds,
+                ):
+                    errors += pc.sum(pc.equal(rows["status"], "error")).as_py() or 0
+                    for part, whole in assembler.add(rows):
+                        result = publish_part(
+                            run.store, run.part_key(part), whole, run=run.id, part=part
+                        )
+                        published |= {part: result} if result else {}
+                        parts += 1
+                    note = f"{errors:,} errors, {parts} / {run.plan.num_parts} parts"
+                    progress.update(done + assembler.taken, note)
+        finally:
+            assembler.close()
+    return published
 
 
-def _chunk_tables(plan: LabelPlan) -> Iterator[pa.Table]:
-    for chunk in plan.chunks():
-        size = chunk.entries.num_rows
-        yield chunk.entries.append_column(
-            "part", pa.array([chunk.part] * size, pa.int32())
-        ).append_column("chunk", pa.array([chunk.number] * size, pa.int32()))
+def _waves(run: Run, parts: Sequence[int]) -> Iterator[Sequence[int]]:
+    size = max(1, WAVE_ROWS // run.plan.part_rows)
+    for start in range(0, len(parts), size):
+        yield parts[start : start + size]
 
 
-def _by_chunk(rows: pa.Table) -> Iterator[tuple[int, int, pa.Table]]:
-    """(part, chunk, label rows) of each chunk in a block: Ray Data may join or split tables."""
-    places = rows.select(["part", "chunk"])
-    labels = rows.drop_columns(["part", "chunk"])
-    for place in places.group_by(["part", "chunk"]).aggregate([]).to_pylist():
-        mask = pc.and_(
-            pc.equal(places["part"], place["part"]), pc.equal(places["chunk"], place["chunk"])
-        )
-        yield place["part"], place["chunk"], labels.filter(mask)
+def _chunks(
+    run: Run, parts: Sequence[int], assembler: PartAssembler, *, chunk_rows: int
+) -> Iterator[pa.Table]:
+    """The planned inputs of some parts in chunks, with the place of each: its part and row."""
+    for part, planned in run.plan.read_parts(parts):
+        assembler.expect(part, planned)
+        rows = pa.array(np.arange(planned.num_rows, dtype=np.int32))
+        placed = planned.append_column(
+            "part", pa.repeat(pa.scalar(part, pa.int32()), planned.num_rows)
+        ).append_column("row", rows)
+        for start in range(0, planned.num_rows, chunk_rows):
+            yield copy_rows(placed, start, chunk_rows)
 
 
 def _result(
-    plan: LabelPlan,
-    counts: dict[str, int],
-    *,
-    run: str,
+    finished: Sequence[tuple[Run, RunTotals]],
     output: Store,
     settings: ClassifySettings,
+    *,
     seconds: float,
 ) -> dict[str, Any]:
-    planned = plan.entries.num_rows
-    assert counts["ok"] + counts["error"] == planned
-    logger.info(
-        "labelled %s + errors %s = %s images planned (%s duplicate keys left out)",
-        f"{counts['ok']:,}",
-        f"{counts['error']:,}",
-        f"{planned:,}",
-        f"{plan.duplicates:,}",
+    planned = sum(run.plan.rows for run, _ in finished)
+    rows, ok, errors = (
+        sum(getattr(totals, name) for _, totals in finished) for name in ("rows", "ok", "errors")
     )
+    duplicates = sum(run.plan.duplicates for run, _ in finished)
     result = {
-        "run": run,
+        "run": finished[-1][0].id if finished else None,
+        "runs": len(finished),
         "planned": planned,
-        "labeled": counts["ok"],
-        "errors": counts["error"],
-        "duplicates": plan.duplicates,
-        "parts": plan.num_parts,
+        "labeled": ok,
+        "errors": errors,
+        "duplicates": duplicates,
+        "parts": sum(totals.parts for _, totals in finished),
         "data": f"{output.uri}/{DATA_FOLDER}",
-        "images_per_second": round(planned / seconds, 1),
+        "images_per_second": round(rows / seconds, 1),
         "seconds": round(seconds, 1),
     }
-    if settings.budget.exceeded(bad=counts["error"], total=planned):
+    if not finished:
+        logger.info("nothing new: every image is labelled already")
+        return result
+    logger.info(
+        "labelled %s + errors %s = %s images planned (%s duplicate keys left out)",
+        *(f"{number:,}" for number in (ok, errors, planned, duplicates)),
+    )
+    if rows != planned:
+        raise IncompleteError(
+            f"{planned - rows:,} images are in parts that were sealed by an abort",
+            hint="submit the same command again: it labels them",
+            result=result,
+        )
+    if settings.budget.exceeded(bad=errors, total=planned):
         raise TooManyBadImagesError(
-            f"{counts['error']:,} of {planned:,} images could not be labelled:"
+            f"{errors:,} of {planned:,} images could not be labelled:"
             f" see status and error_code in {result['data']}",
             hint="every image has its row; raise --budget.max_fraction to accept it",
             result=result,

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import ray
 
 from cnnray.config import ClusterSettings, ScalingSettings
-from cnnray.errors import CnnrayError, SettingsError
+from cnnray.errors import CnnrayError, IncompleteError, SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def ray_cluster(settings: ClusterSettings) -> Iterator[None]:
     address = settings.address or os.environ.get("RAY_ADDRESS") or "local"
     _require_reachable(address)
     _set_ray_defaults(is_local=address == "local")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if address == "local":
             ray.init(
@@ -70,6 +72,8 @@ def ray_cluster(settings: ClusterSettings) -> Iterator[None]:
             f"cannot join Ray at {address}: {first_line}",
             hint=ADDRESS_HINT,
         ) from error
+    if on_sigterm is not signal.SIG_DFL:  # Ray has put its own in the place of the job's
+        signal.signal(signal.SIGTERM, on_sigterm)
     try:
         resources = ray.cluster_resources()
         logger.info(
@@ -82,6 +86,23 @@ def ray_cluster(settings: ClusterSettings) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def stop_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM (``ray job stop``) end the job in order, as ``IncompleteError``."""
+
+    def stop(number: int, frame: object) -> None:
+        raise IncompleteError(
+            "stopped by SIGTERM; what was complete is published",
+            hint="submit the same command again: it labels what is left",
+        )
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _require_reachable(address: str) -> None:

@@ -10,6 +10,7 @@ from cnnray.config.jobs import (
     JobSettings,
     PackSettings,
     TrainSettings,
+    VerifySettings,
 )
 from cnnray.config.loading import Settings, load_settings
 from cnnray.config.sections import (
@@ -51,5 +52,6 @@ __all__ = [
     "Settings",
     "SplitSettings",
     "TrainSettings",
+    "VerifySettings",
     "load_settings",
 ]

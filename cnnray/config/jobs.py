@@ -19,6 +19,7 @@ from cnnray.config.sections import (
     LossSettings,
     ModelSettings,
     OptimizerSettings,
+    PositiveFloat,
     PositiveInt,
     ScalingSettings,
     ScheduleSettings,
@@ -125,30 +126,45 @@ class EvaluateSettings(JobSettings):
 
 
 class ClassifySettings(JobSettings):
-    """Label a collection of images into Parquet: one row for each image."""
+    """Label what is new in a collection of images into Parquet: one row for each image, once."""
 
     model: str
     """bundle, local or s3://"""
     input: str
-    """folder or prefix, table of URIs, WebDataset tars or packed dataset; local or s3://"""
+    """folder or prefix, table of URIs, S3 Inventory manifest.json, WebDataset tars or dataset"""
     output: str
-    """where data/run=ID/part-*.parquet are written; refused when labels are there"""
-    format: Literal["auto", "folder", "table", "webdataset", "idx", "dataset"] = "auto"
+    """table of labels to make or to add to: data/run=ID/part-*.parquet"""
+    format: Literal["auto", "folder", "table", "inventory", "webdataset", "idx", "dataset"] = "auto"
     """kind of input"""
     columns: ColumnSettings = ColumnSettings()
+    on_changed: Literal["relabel", "ignore", "error"] = "relabel"
+    """what to do with an image whose content has changed since it was labelled"""
     top_k: PositiveInt = 5
     """labels kept for each image, with their probabilities"""
     embeddings: bool = False
     """add the input of the network's head as float16"""
     part_rows: PositiveInt = 65_536
-    """rows of one output file"""
+    """rows of one output file; also what a driver that is killed may have to do again"""
     chunk_rows: PositiveInt = 256
     """images of one task"""
     batch_size: PositiveInt = 64
     """images of one forward pass"""
+    decode_seconds: PositiveFloat = 30.0
+    """time after which an image that is still being decoded is given up (decoder_timeout)"""
+    single_writer: bool = False
+    """go on with a store that has no conditional writes: you see to it that nobody else writes"""
     scaling: InferenceScalingSettings = InferenceScalingSettings()
     limits: LimitSettings = LimitSettings()
     budget: BudgetSettings = BudgetSettings()
+
+
+class VerifySettings(JobSettings):
+    """Prove from its files that a table of labels is whole: each planned image once."""
+
+    output: str
+    """the table, as given to classify"""
+    abort: bool = False
+    """end a run that is open: what it has not published will be planned again by the next one"""
 
 
 class DemoSettings(JobSettings):

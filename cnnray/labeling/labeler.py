@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -11,8 +12,16 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from cnnray.errors import ImageError, MissingObjectError, StorageError
-from cnnray.images.decode import DecodeLimits, decode_image
+from cnnray.errors import (
+    AccessDeniedError,
+    ChangedObjectError,
+    ImageError,
+    MissingObjectError,
+    StorageError,
+    UnavailableError,
+)
+from cnnray.images.decode import DecodeLimits
+from cnnray.images.isolation import DEFAULT_SECONDS, Decode, IsolatedDecoder, guarded_decoder
 from cnnray.images.transforms import fit
 from cnnray.models.bundle import Bundle
 from cnnray.schema import MAX_ERROR_DETAIL, labels_schema
@@ -31,6 +40,8 @@ class Labeler:
     """Labels images with a bundle's model: decode, fit and infer, batch by batch.
 
     ``top_k`` labels are kept for each image; ``embeddings`` adds the input of the model's head.
+    An image that takes longer than ``decode_seconds`` ends the process, as one does that crashes
+    it; with ``careful``, which is slower, both are rows with one of ``DECODER_ERROR_CODES``.
     """
 
     def __init__(
@@ -42,6 +53,8 @@ class Labeler:
         batch_size: int,
         limits: DecodeLimits,
         device: torch.device,
+        careful: bool = False,
+        decode_seconds: float = DEFAULT_SECONDS,
     ) -> None:
         self.spec = bundle.spec
         self.digest = bundle.digest
@@ -50,11 +63,24 @@ class Labeler:
         self.top_k = min(top_k, len(self.classes))
         self.embeddings = embeddings
         self.batch_size = batch_size
-        self.limits = limits
         self.device = device
+        self.decoding: dict[str, Any] = {
+            "channels": bundle.spec.preprocessing.channels,
+            "limits": limits,
+            "seconds": decode_seconds,
+        }
+        self.isolated = IsolatedDecoder(**self.decoding) if careful else None
+
+    def close(self) -> None:
+        """End the decoder's process, if there is one."""
+        if self.isolated is not None:
+            self.isolated.close()
 
     def label(self, samples: Iterable[Sample]) -> pa.Table:
-        """Rows of ``labels_schema`` in the order of the samples."""
+        """Rows of ``labels_schema`` in the order of the samples.
+
+        Raises ``UnavailableError`` and ``AccessDeniedError`` of a sample: no image is at fault.
+        """
         rows: list[dict[str, Any]] = []
         iterator = iter(samples)
         while batch := list(islice(iterator, self.batch_size)):
@@ -65,29 +91,28 @@ class Labeler:
         rows: list[dict[str, Any]] = []
         images: list[np.ndarray[Any, Any]] = []
         labelled: list[dict[str, Any]] = []
-        for sample in batch:
-            row: dict[str, Any] = {"key": sample.key, "etag": sample.etag, "model": self.digest}
-            rows.append(row)
-            try:
-                image, width, height = self._decode(sample.data)
-            except ImageError as error:
-                detail = error.detail[:MAX_ERROR_DETAIL]
-                row |= {"status": "error", "error_code": error.code, "error_detail": detail}
-                continue
-            row |= {"status": "ok", "width": width, "height": height}
-            images.append(image)
-            labelled.append(row)
+        with self._decoder() as decode:
+            for sample in batch:
+                row: dict[str, Any] = {"key": sample.key, "etag": sample.etag, "model": self.digest}
+                rows.append(row)
+                try:
+                    pixels = decode(_require_data(sample.data)).pixels  # (H, W, C)
+                except ImageError as error:
+                    detail = error.detail[:MAX_ERROR_DETAIL]
+                    row |= {"status": "error", "error_code": error.code, "error_detail": detail}
+                    continue
+                row |= {"status": "ok", "width": pixels.shape[1], "height": pixels.shape[0]}
+                images.append(fit(pixels, preprocessing=self.spec.preprocessing))
+                labelled.append(row)
         if images:
             self._infer(np.stack(images), labelled)
         return iter(rows)
 
-    def _decode(self, data: bytes | StorageError) -> tuple[np.ndarray[Any, Any], int, int]:
-        if isinstance(data, StorageError):
-            code = "missing" if isinstance(data, MissingObjectError) else "read_failed"
-            raise ImageError(code, str(data))
-        preprocessing = self.spec.preprocessing
-        pixels = decode_image(data, channels=preprocessing.channels, limits=self.limits).pixels
-        return fit(pixels, preprocessing=preprocessing), pixels.shape[1], pixels.shape[0]
+    def _decoder(self) -> AbstractContextManager[Decode]:
+        """What decodes a batch."""
+        if self.isolated is not None:
+            return nullcontext(self.isolated.decode)
+        return guarded_decoder(**self.decoding)
 
     def _infer(self, images: np.ndarray[Any, Any], rows: Sequence[dict[str, Any]]) -> None:
         """Add what the model says of (B, C, H, W) images to their rows."""
@@ -112,3 +137,13 @@ class Labeler:
             ]
             if embedding is not None:
                 row["embedding"] = embedding[position]
+
+
+def _require_data(data: bytes | StorageError) -> bytes:
+    """The bytes that were read, or the error that reading met as one of ``READ_ERROR_CODES``."""
+    if isinstance(data, AccessDeniedError | UnavailableError):
+        raise data
+    if isinstance(data, StorageError):
+        codes = {MissingObjectError: "missing", ChangedObjectError: "changed"}
+        raise ImageError(codes.get(type(data), "read_failed"), str(data))
+    return data

@@ -15,7 +15,9 @@ import pytest
 
 import cnnray.cluster.classify as classify_module
 from cnnray.cluster.classify import LabelActor, classify
-from cnnray.errors import CnnrayError, DataError, TooManyBadImagesError, UsageError
+from cnnray.cluster.verify import verify
+from cnnray.config import VerifySettings
+from cnnray.errors import DataError, TooManyBadImagesError, UsageError
 
 pytestmark = [
     pytest.mark.ray,
@@ -27,6 +29,11 @@ pytestmark = [
 def labels_of(output: Path) -> pa.Table:
     files = sorted((output / "data").rglob("*"))
     return pa.concat_tables([pq.ParquetFile(file).read() for file in files if file.is_file()])
+
+
+def files_of(folder: Path) -> dict[str, int]:
+    """Every file and when it was changed."""
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,7 @@ def test_a_folder_is_labelled_with_one_row_an_image_and_a_code_for_hostile_files
     total = 210 + len(codes)
     assert (result["planned"], result["labeled"], result["errors"]) == (total, 210, len(codes))
     assert result["parts"] == 5
-    names = sorted(path.name for path in (tmp_path / "labels").rglob("*") if path.is_file())
+    names = sorted(path.name for path in (tmp_path / "labels/data").rglob("*") if path.is_file())
     assert names == [f"part-{number:05d}-of-00005.parquet" for number in range(5)]
     rows = labels_of(tmp_path / "labels").to_pylist()
     listed = {str(path.relative_to(root)) for path in root.rglob("*.*")}
@@ -64,9 +71,11 @@ def test_a_folder_is_labelled_with_one_row_an_image_and_a_code_for_hostile_files
             assert row["label"] is row["confidence"] is row["embedding"] is None
     assert len({row["model"] for row in rows}) == 1
 
-    with pytest.raises(UsageError, match="holds labels already"):
-        classify(settings)
-    assert labels_of(tmp_path / "labels").num_rows == total
+    before = files_of(tmp_path / "labels")
+    again = classify(settings)
+    assert (again["run"], again["planned"]) == (None, 0)
+    assert files_of(tmp_path / "labels") == before  # nothing new: nothing is written
+    assert verify(VerifySettings(output=str(tmp_path / "labels")))["rows"] == total
 
     read_by_everyone(f"{tmp_path}/labels/data/**/*.parquet", total=total)
 
@@ -143,22 +152,6 @@ def test_a_worker_that_is_killed_costs_no_row_and_doubles_none(
     assert result["labeled"] == 330
     keys = Counter(labels_of(tmp_path / "labels")["key"].to_pylist())
     assert len(keys) == sum(keys.values()) == 330
-
-
-def test_an_image_that_kills_every_worker_ends_the_job(
-    dataset, classify_settings, tmp_path, monkeypatch
-):
-    class PoisonedActor(LabelActor):
-        """Killed by the same chunk every time."""
-
-        def __call__(self, chunk: pa.Table) -> pa.Table:
-            if chunk["part"][0].as_py() == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return super().__call__(chunk)
-
-    monkeypatch.setattr(classify_module, "LabelActor", PoisonedActor)
-    with pytest.raises(CnnrayError):
-        classify(classify_settings(input=str(dataset)))
 
 
 def test_more_errors_than_the_budget_is_an_error_after_all_rows_are_written(

@@ -12,7 +12,9 @@ from cnnray.cluster.classify import classify
 from cnnray.cluster.evaluate import evaluate
 from cnnray.cluster.pack import pack
 from cnnray.cluster.train import train
-from cnnray.errors import StorageError, UsageError
+from cnnray.cluster.verify import verify
+from cnnray.config import VerifySettings
+from cnnray.errors import StorageError
 from cnnray.storage import open_store
 
 pytestmark = [
@@ -55,12 +57,12 @@ def test_pack_train_evaluate_and_classify_work_from_bucket_to_bucket(
     labels = classify(classify_settings(**places, input=uri["photos"]))
     assert (labels["planned"], labels["labeled"], labels["errors"]) == (122, 121, 1)
     output = open_store(uri["out"])
-    parts = [output.read(item.key) for item in output.list()]
+    parts = [output.read(item.key) for item in output.list("data/")]
     rows = pa.concat_tables([pq.read_table(io.BytesIO(part)) for part in parts]).to_pylist()
     assert len({row["key"] for row in rows}) == len(rows) == 122
     assert all(row["label"] == row["key"].split("/")[0] for row in rows if row["status"] == "ok")
-    with pytest.raises(UsageError, match="holds labels already"):
-        classify(classify_settings(**places, input=uri["photos"]))
+    assert classify(classify_settings(**places, input=uri["photos"]))["planned"] == 0
+    assert verify(VerifySettings(output=uri["out"]))["rows"] == 122
 
 
 def test_a_bucket_that_is_not_there_is_named_in_one_line(

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -15,7 +17,7 @@ from cnnray.datasets.packing import build_manifest, plan_pack
 from cnnray.datasets.shards import pack_shard
 from cnnray.datasets.sources import open_source
 from cnnray.datasets.sources.dataset import DatasetSource
-from cnnray.errors import DataError, MissingObjectError, StorageError
+from cnnray.errors import ChangedObjectError, DataError, MissingObjectError, StorageError
 from cnnray.images.decode import DecodeLimits
 from cnnray.storage import Store, open_store
 
@@ -121,8 +123,24 @@ def test_a_row_beyond_the_shard_is_an_error_in_its_place(
     position = entries.schema.get_field_index("offset")
     entries = entries.set_column(position, entries.schema.field("offset"), [[10_000, 1]])
     first, second = source.read(entries)
-    assert isinstance(first, StorageError)
+    assert isinstance(first, ChangedObjectError)
     assert isinstance(second, bytes)
+
+
+def test_rows_of_a_shard_that_was_replaced_have_changed(
+    store: Store, entries_of: Callable[..., Any]
+) -> None:
+    source = DatasetSource(store)
+    entries = entries_of(source)
+    shard = entries["path"][0].as_py()
+    rows = pq.read_table(store.open(shard))
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows.take([1, 0, *range(2, rows.num_rows)]), sink)
+    store.write(shard, sink.getvalue().to_pybytes())
+    first, second, third = source.read(entries.slice(0, 3))
+    assert isinstance(first, ChangedObjectError)
+    assert isinstance(second, ChangedObjectError)
+    assert third == rows["image"][2].as_py()
 
 
 def test_listing_a_damaged_shard_is_an_error_of_the_data(store: Store) -> None:

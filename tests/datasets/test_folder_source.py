@@ -8,7 +8,13 @@ import pytest
 
 from cnnray.datasets.sources import open_source
 from cnnray.datasets.sources.folder import FolderSource
-from cnnray.errors import DataError, MissingObjectError, SettingsError, StorageError
+from cnnray.errors import (
+    ChangedObjectError,
+    DataError,
+    MissingObjectError,
+    SettingsError,
+    StorageError,
+)
 from cnnray.schema import ENTRY_SCHEMA
 from cnnray.storage import open_store
 
@@ -75,6 +81,23 @@ def test_hidden_files_and_folders_are_no_inputs_and_all_else_is(tmp_path, rows_o
     assert [row["key"] for row in rows_of(open_source(str(tmp_path)))] == ["cat/a.txt", "cat/b"]
 
 
+def test_hidden_files_are_no_inputs_without_labels_either(tmp_path, rows_of):
+    put(tmp_path, "cat/.DS_Store", ".git/1.jpg", ".x.jpg", "a.jpg", "cat/b..jpg")
+    rows = rows_of(open_source(str(tmp_path), labelled=False))
+    assert [row["key"] for row in rows] == ["a.jpg", "cat/b..jpg"]
+
+
+def test_very_many_folders_are_one_partition_with_the_same_inputs(tmp_path, rows_of, monkeypatch):
+    put(tmp_path, *(f"{number:02}/1.jpg" for number in range(12)), "beside.jpg", ".git/1.jpg")
+    source = open_source(str(tmp_path), labelled=False)
+    rows = rows_of(source)
+    assert len(source.partitions()) == 13
+    monkeypatch.setattr("cnnray.datasets.sources.folder.MAX_FOLDERS", 11)
+    assert len(source.partitions()) == 1
+    assert sorted(rows_of(source), key=str) == sorted(rows, key=str)
+    assert len(open_source(str(tmp_path)).partitions()) == 13  # labels come from the partitions
+
+
 def test_hidden_folder_does_not_hide_that_the_others_are_splits(tmp_path, rows_of):
     put(tmp_path, ".cache/1", "train/cat/1.jpg")
     assert labels(rows_of(open_source(str(tmp_path)))) == {"train/cat/1.jpg": ("cat", "train")}
@@ -133,6 +156,16 @@ def test_read_is_in_the_order_asked_and_a_vanished_file_is_an_error(tmp_path, en
     assert isinstance(results.pop(49), MissingObjectError)
     kept = [number for number in range(99, -1, -1) if number != 50]
     assert results == [f"bytes of cat/{number:03}".encode() for number in kept]
+
+
+def test_a_file_that_was_replaced_after_the_listing_has_changed(tmp_path, entries_of):
+    put(tmp_path, "cat/1", "cat/2")
+    source = open_source(str(tmp_path))
+    entries = entries_of(source)
+    (tmp_path / "cat/1").write_bytes(b"another image")
+    changed, same = source.read(entries)
+    assert isinstance(changed, ChangedObjectError)
+    assert same == b"bytes of cat/2"
 
 
 def test_read_of_what_is_no_file_is_an_error_of_that_image(tmp_path, entries_of):

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from cnnray.datasets.sources import idx, open_source
-from cnnray.errors import DataError, MissingObjectError, StorageError
+from cnnray.errors import ChangedObjectError, DataError, MissingObjectError
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (12, 5, 7), dtype=np.uint8)
@@ -149,12 +149,39 @@ def test_changed_or_vanished_file_is_an_error_of_each_image(tmp_path, entries_of
     os.utime(tmp_path / IMAGES, ns=(1, 1))
     results = list(source.read(entries))
     assert len(results) == 12
-    assert all(isinstance(result, StorageError) for result in results)
+    assert all(isinstance(result, ChangedObjectError) for result in results)
     assert "changed after it was listed" in str(results[0])
     os.unlink(tmp_path / IMAGES)
-    assert all(isinstance(result, StorageError) for result in source.read(entries))
+    assert all(isinstance(result, MissingObjectError) for result in source.read(entries))
     with pytest.raises(MissingObjectError):
         list(source.list(IMAGES))
+
+
+def test_file_that_is_replaced_while_it_is_loaded_has_changed(tmp_path, monkeypatch):
+    write_pair(tmp_path)
+    source = open_source(str(tmp_path))
+    heads = []
+
+    def replace_after_head(store, key):
+        found = head(store, key)
+        if not heads:
+            (tmp_path / IMAGES).write_bytes(images_file(PIXELS[::-1]))
+            os.utime(tmp_path / IMAGES, ns=(1, 1))
+        heads.append(key)
+        return found
+
+    head = type(source.store).head
+    monkeypatch.setattr(type(source.store), "head", replace_after_head)
+    with pytest.raises(ChangedObjectError):
+        list(source.list(IMAGES))
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_file_beyond_the_limit_is_refused(tmp_path, rows_of, monkeypatch, suffix):
+    monkeypatch.setattr(idx, "MAX_FILE_BYTES", 100)
+    write_pair(tmp_path, suffix=suffix)
+    with pytest.raises(DataError, match="is larger than"):
+        rows_of(open_source(str(tmp_path)))
 
 
 @pytest.mark.parametrize("format", ["auto", "idx"])

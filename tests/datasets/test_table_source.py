@@ -1,14 +1,24 @@
 """CSV and Parquet tables of paths and labels."""
 
 import socket
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from cnnray.datasets.sources import open_source
-from cnnray.datasets.sources.table import BLOCK_BYTES, MAX_TABLE_ROWS, TableSource
-from cnnray.errors import DataError, MissingObjectError, SettingsError, StorageError
+from cnnray.datasets.sources.base import MAX_TABLE_ROWS
+from cnnray.datasets.sources.rows import BLOCK_BYTES
+from cnnray.datasets.sources.table import TableSource
+from cnnray.errors import (
+    ChangedObjectError,
+    DataError,
+    MissingObjectError,
+    SettingsError,
+    StorageError,
+)
+from cnnray.storage import open_store
 
 
 def write_csv(folder, *, text: str, name: str = "data.csv") -> str:
@@ -86,6 +96,29 @@ def test_long_csv_is_streamed_in_order_with_all_its_rows(tmp_path, entries_of):
     tables = list(open_source(uri).list("data.csv"))
     assert max(table.num_rows for table in tables) <= MAX_TABLE_ROWS
     assert pa.concat_tables(tables)["key"].to_pylist() == [f"{n:07}" for n in range(count)]
+
+
+def test_long_parquet_is_streamed_in_bounded_memory(tmp_path):
+    count = 500_000  # in one row group
+    paths = pa.array([f"{n:0100}" for n in range(count)])
+    columns = {"path": paths, "etag": paths}
+    plain = {"use_dictionary": False, "compression": "none"}
+    uri = write_parquet(tmp_path, columns=columns, row_group_size=count, **plain)
+    assert (tmp_path / "data.parquet").stat().st_size > 100_000_000
+    del paths, columns
+    before = pa.total_allocated_bytes()
+    rows = peak = 0
+    tracemalloc.start()  # what is read comes as Python's bytes
+    try:
+        for table in open_source(uri, labelled=False).list("data.parquet"):
+            assert table.num_rows <= MAX_TABLE_ROWS
+            rows += table.num_rows
+            peak = max(peak, pa.total_allocated_bytes() - before)
+        peak += tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert rows == count
+    assert peak < 25_000_000
 
 
 def test_newlines_in_names_do_not_break_a_block(tmp_path, rows_of):
@@ -221,6 +254,29 @@ def test_relative_absolute_and_file_paths_are_read(tmp_path, read_all):
     text = f"path\n../images/a.jpg\n{image}\nfile://{image}\n"
     source = open_source(write_csv(tmp_path / "tables", text=text))
     assert read_all(source) == [b"image"] * 3
+
+
+@pytest.mark.parametrize("name", ["etag", "e_tag", "ETag"])
+def test_etags_are_taken_from_the_table(tmp_path, rows_of, name):
+    uri = write_parquet(tmp_path, columns={"path": [*"abc"], name: ["e1", '"e2"', None]})
+    assert [row["etag"] for row in rows_of(open_source(uri))] == ["e1", "e2", ""]
+    csv = write_csv(tmp_path, text=f'path,{name}\na,e1\nb,"""e2"""\nc,\n')
+    assert [row["etag"] for row in rows_of(open_source(csv))] == ["e1", "e2", ""]
+
+
+def test_etag_column_can_be_named(tmp_path, rows_of):
+    uri = write_csv(tmp_path, text="path,etag,version\na,e1,e2\n")
+    assert [row["etag"] for row in rows_of(open_source(uri, etag_column="version"))] == ["e2"]
+
+
+def test_an_image_that_is_not_that_of_the_table_has_changed(tmp_path, read_all):
+    for name in "abc":
+        (tmp_path / name).write_bytes(b"image")
+    etag = open_store(str(tmp_path)).head("a").etag
+    uri = write_csv(tmp_path, text=f"path,etag\na,{etag}\nb,0-5\nc,\n")
+    same, changed, unknown = read_all(open_source(uri))
+    assert same == unknown == b"image"
+    assert isinstance(changed, ChangedObjectError)
 
 
 def test_other_schemes_are_an_error_of_that_image_and_never_fetched(

@@ -11,7 +11,7 @@ import pytest
 
 from cnnray.datasets.sources import open_source, webdataset
 from cnnray.datasets.sources.webdataset import WebDatasetSource
-from cnnray.errors import DataError, StorageError
+from cnnray.errors import ChangedObjectError, DataError, StorageError
 from cnnray.storage import open_store
 
 
@@ -314,6 +314,14 @@ def test_tar_without_images_is_refused_and_an_empty_one_is_empty(tmp_path, rows_
     with pytest.raises(DataError, match="no images at all in"):
         rows_of(open_source(write_tar(tmp_path, ("x.npy", b"1"), ("y.2020.jpg", b"2"))))
     assert rows_of(open_source(write_tar(tmp_path))) == []
+
+
+def test_images_of_a_tar_that_was_replaced_have_changed(tmp_path, entries_of):
+    source = open_source(write_tar(tmp_path, ("x.jpg", b"x" * 2000), ("y.jpg", b"y" * 2000)))
+    entries = entries_of(source)
+    assert set(entries["etag"].to_pylist()) == {source.store.head("a.tar").etag}
+    write_tar(tmp_path, ("y.jpg", b"y" * 2000), ("x.jpg", b"x" * 2000))  # as long as it was
+    assert all(isinstance(result, ChangedObjectError) for result in source.read(entries))
 
 
 def test_read_of_a_tar_that_changed_is_an_error_of_each_image(tmp_path, entries_of):

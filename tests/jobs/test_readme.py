@@ -145,7 +145,7 @@ def test_the_queries_of_the_readme_read_the_labels(journey, monkeypatch):
 
     folder, _ = journey
     monkeypatch.chdir(folder)
-    [block] = re.findall(r"```sql\n(.*?)```", README, flags=re.DOTALL)
+    block = re.findall(r"```sql\n(.*?)```", README, flags=re.DOTALL)[0]
     labels, errors = (duckdb.sql(query).fetchall() for query in block.strip().splitlines())
     assert len(labels) == 120
     assert {label for _, label, _ in labels} <= {"dark", "light"}

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 import torch
 
-from cnnray.errors import MissingObjectError, StorageError
+from cnnray.errors import (
+    AccessDeniedError,
+    ChangedObjectError,
+    MissingObjectError,
+    StorageError,
+    UnavailableError,
+)
 from cnnray.images.augment import Augmentation, TrainTransform
 from cnnray.images.decode import DecodeLimits
 from cnnray.images.transforms import EvalTransform
@@ -21,6 +30,8 @@ from cnnray.schema import LABELS_SCHEMA, MAX_ERROR_DETAIL, labels_schema
 
 MakeBundle = Callable[..., Bundle]
 Photo = Callable[[int], bytes]
+
+POISON = Path(__file__).parents[1] / "images" / "poison"
 
 
 def labeler(bundle: Bundle, **changes: Any) -> Labeler:
@@ -69,7 +80,8 @@ def test_what_cannot_be_labelled_is_a_row_with_its_code(
         sample("text", b"hello, world"),
         sample("cut", photo(2)[:-30]),
         sample("gone", MissingObjectError("no such file: x")),
-        sample("denied", StorageError("access denied " + "x" * 1000)),
+        sample("replaced", ChangedObjectError("it is another one now: x")),
+        sample("unreadable", StorageError("wrong checksum " + "x" * 1000)),
         sample("large", photo(3)),
     ]
     samples[-1] = sample("large", photo(3) * 100)
@@ -80,7 +92,8 @@ def test_what_cannot_be_labelled_is_a_row_with_its_code(
         "text": "not_image",
         "cut": "truncated",
         "gone": "missing",
-        "denied": "read_failed",
+        "replaced": "changed",
+        "unreadable": "read_failed",
         "large": "too_large",
     }
     for row in rows:
@@ -199,3 +212,56 @@ def test_samples_are_drawn_batch_by_batch(make_bundle: MakeBundle, photo: Photo)
 
     labeler(bundle, batch_size=4).label(samples())
     assert at_inference == [4, 8, 10]
+
+
+@pytest.mark.parametrize("error", [UnavailableError("no answer"), AccessDeniedError("no right")])
+def test_a_store_that_fails_is_no_row(
+    make_bundle: MakeBundle, photo: Photo, error: StorageError
+) -> None:
+    samples = [sample("good", photo(1)), sample("unknown", error)]
+    with pytest.raises(type(error)):
+        labeler(make_bundle()).label(samples)
+
+
+def test_careful_labelling_gives_the_same_rows(make_bundle: MakeBundle, photo: Photo) -> None:
+    samples = [sample(f"{n}", photo(n)) for n in range(6)]
+    samples[1:1] = [sample("empty", b""), sample("text", b"hello"), sample("cut", photo(7)[:-30])]
+    samples += [sample("gone", MissingObjectError("x")), sample("large", photo(8) * 1000)]
+    limits = DecodeLimits(max_bytes=50_000)
+    fast = labeler(make_bundle(), limits=limits)
+    with closing(labeler(make_bundle(), limits=limits, careful=True)) as careful:
+        assert careful.label(samples).equals(fast.label(samples))
+
+
+def test_poison_is_a_row_of_careful_labelling(
+    make_bundle: MakeBundle, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(POISON))
+    samples = [
+        sample("first", photo(1)),
+        sample("crash", photo(2) + b"cnnray-poison:abort;"),
+        sample("hang", photo(3) + b"cnnray-poison:spin;"),
+        sample("hunger", photo(4) + b"cnnray-poison:huge;"),
+        sample("last", photo(5)),
+    ]
+    with closing(labeler(make_bundle(), careful=True, decode_seconds=0.7)) as careful:
+        rows = careful.label(samples).to_pylist()
+    assert {row["key"]: row["error_code"] for row in rows} == {
+        "first": None,
+        "crash": "decoder_crash",
+        "hang": "decoder_timeout",
+        "hunger": "decoder_oom",
+        "last": None,
+    }
+    [alone] = labeler(make_bundle()).label([samples[-1]]).to_pylist()
+    assert rows[-1]["label"] == alone["label"]
+    assert rows[-1]["confidence"] == pytest.approx(alone["confidence"], abs=1e-6)
+
+
+def test_closing_leaves_no_process(make_bundle: MakeBundle, photo: Photo) -> None:
+    careful = labeler(make_bundle(), careful=True)
+    careful.label([sample("k", photo(1))])
+    assert len(psutil.Process().children()) == 1
+    careful.close()
+    assert psutil.Process().children() == []
+    labeler(make_bundle()).close()

@@ -12,11 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cnnray.errors import StorageError
+from cnnray.errors import AccessDeniedError, StorageError, UnavailableError
 from cnnray.schema import ENTRY_SCHEMA
 from cnnray.storage import READ_CONCURRENCY
 
-MAX_TABLE_ROWS = 100_000
+MAX_TABLE_ROWS = 20_000
+"""A few MiB of names: a listing holds some tables of each partition that is under way."""
+
+STORE_FAILURES = (AccessDeniedError, UnavailableError)
+"""What is wrong with the store or the credentials, and so is no fact about one image."""
 
 SPLIT_NAMES = {
     "train": "train",
@@ -46,7 +50,11 @@ class Source(Protocol):
         """
 
     def read(self, entries: pa.Table) -> Iterator[bytes | StorageError]:
-        """The encoded bytes of each entry, in the order given, or the error that it met."""
+        """The encoded bytes of each entry, in the order given, or the error that it met.
+
+        An entry with an etag whose object has another one by now is a ``ChangedObjectError``.
+        Raises STORE_FAILURES: no image is at fault.
+        """
 
 
 class Entry(NamedTuple):
@@ -100,28 +108,37 @@ def _table(batch: list[Entry]) -> pa.Table:
 
 
 def is_hidden(key: str) -> bool:
-    """Whether the file or a folder above it is named with a leading dot: never an input."""
-    return any(part.startswith(".") for part in key.split("/"))
+    """Whether the file or a folder above it is named with a leading dot."""
+    return key.startswith(".") or "/." in key
 
 
 def read_each(
     read: Callable[[Item], bytes], items: Iterable[Item]
 ) -> Iterator[bytes | StorageError]:
-    """Apply ``read`` to every item concurrently; results in order, few of them held at a time."""
+    """Apply ``read`` to every item concurrently; results in order, few of them held at a time.
+
+    A ``StorageError`` takes the item's place. Raises STORE_FAILURES where the item would come.
+    """
 
     def attempt(item: Item) -> bytes | StorageError:
         try:
             return read(item)
+        except STORE_FAILURES:
+            raise
         except StorageError as error:
             return error
 
     pending: deque[Future[bytes | StorageError]] = deque()
-    for item in items:
-        pending.append(_pool().submit(attempt, item))
-        if len(pending) == 2 * READ_CONCURRENCY:
+    try:
+        for item in items:
+            pending.append(_pool().submit(attempt, item))
+            if len(pending) == 2 * READ_CONCURRENCY:
+                yield pending.popleft().result()
+        while pending:
             yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
 
 
 @functools.cache

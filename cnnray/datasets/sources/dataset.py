@@ -1,4 +1,7 @@
-"""A packed dataset as a source: its shards are the partitions, a row is found by its number."""
+"""A packed dataset as a source: its shards are the partitions, a row is found by its number.
+
+A row is the one that was listed when its key and etag are.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cnnray.datasets.manifest import read_manifest
-from cnnray.datasets.sources.base import Entry, entry_tables
-from cnnray.errors import DataError, StorageError
+from cnnray.datasets.sources.base import STORE_FAILURES, Entry, entry_tables
+from cnnray.errors import ChangedObjectError, DataError, StorageError
 from cnnray.storage import Store
 
 
@@ -46,49 +49,57 @@ class DatasetSource:
     def read(self, entries: pa.Table) -> Iterator[bytes | StorageError]:
         """The encoded bytes; each row group is read once for neighbouring entries."""
         reader = _RowReader(self.store)
-        for path, row in zip(
-            entries["path"].to_pylist(), entries["offset"].to_pylist(), strict=True
-        ):
-            yield reader.read(path, row)
+        columns = (entries[name].to_pylist() for name in ("path", "offset", "key", "etag"))
+        for path, row, key, etag in zip(*columns, strict=True):
+            yield reader.read(path, row, key=key, etag=etag)
 
 
 class _RowReader:
     """Reads the image of a row, holding the row group that the last one was in."""
+
+    COLUMNS = ("key", "etag", "image")
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.path = ""
         self.file: Any = None
         self.first = 0
-        self.images: Any = ()
+        self.rows: Any = ()  # COLUMNS of the row group, from its row ``first`` on
         self.failed: dict[str, StorageError] = {}  # a damaged shard is not read for each row
 
-    def read(self, path: str, row: int) -> bytes | StorageError:
+    def read(self, path: str, row: int, *, key: str, etag: str) -> bytes | StorageError:
         if path in self.failed:
             return self.failed[path]
         try:
             if path != self.path:
                 self.file = pq.ParquetFile(self.store.open(path))
-                self.path, self.images = path, ()
-            if not self.first <= row < self.first + len(self.images):
-                self.first, self.images = self._around(row)
+                self.path, self.rows = path, ()
+            if not self.first <= row < self.first + len(self.rows):
+                self.first, self.rows = self._around(row)
+        except STORE_FAILURES:
+            raise
         except StorageError as error:
             self.failed[path] = error
         except (pa.ArrowException, OSError) as error:
             self.failed[path] = StorageError(f"{path} is damaged: {_reason(error)}")
         if path in self.failed:
             return self.failed[path]
-        if len(self.images) == 0:
-            return StorageError(f"row {row} is not in {path}")
-        return cast(bytes, self.images[row - self.first].as_py())
+        if len(self.rows) == 0:
+            return ChangedObjectError(f"row {row} is not in {path}")
+        found_key, found_etag, image = (
+            self.rows[name][row - self.first].as_py() for name in self.COLUMNS
+        )
+        if (found_key, found_etag) != (key, etag):
+            return ChangedObjectError(f"row {row} of {path} is not the image that was listed")
+        return cast(bytes, image)
 
     def _around(self, row: int) -> tuple[int, Any]:
-        """The first row of the row group that holds ``row``, and its images."""
+        """The first row of the row group that holds ``row``, and the row group."""
         first = 0
         for group in range(self.file.num_row_groups):
             num_rows = self.file.metadata.row_group(group).num_rows
             if row < first + num_rows:
-                return first, self.file.read_row_group(group, columns=["image"])["image"]
+                return first, self.file.read_row_group(group, columns=[*self.COLUMNS])
             first += num_rows
         return 0, ()
 

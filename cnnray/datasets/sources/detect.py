@@ -12,6 +12,7 @@ from cnnray.datasets.sources.base import Source, is_hidden
 from cnnray.datasets.sources.dataset import DatasetSource
 from cnnray.datasets.sources.folder import FolderSource
 from cnnray.datasets.sources.idx import IdxSource, is_idx_name
+from cnnray.datasets.sources.inventory import InventorySource, find_inventory
 from cnnray.datasets.sources.table import TableSource
 from cnnray.datasets.sources.webdataset import (
     COMPRESSED_SUFFIXES,
@@ -21,7 +22,7 @@ from cnnray.datasets.sources.webdataset import (
 from cnnray.errors import DataError, MissingObjectError, SettingsError
 from cnnray.storage import Store, open_store, split_uri
 
-FORMATS = ("auto", "folder", "table", "webdataset", "idx", "dataset")
+FORMATS = ("auto", "folder", "table", "webdataset", "idx", "dataset", "inventory")
 
 PEEK_FILES = 1000
 """Files of a folder that are looked at to tell what it is."""
@@ -41,14 +42,14 @@ def open_source(
 
     A .csv or .parquet file, or a folder of nothing but .parquet, is a table; a .tar, or a folder of
     tars without images beside them, is a webdataset; ``*-ubyte[.gz]`` are idx; a packed dataset is
-    known by its manifest; all else is a folder of images. Options (``path_column``,
-    ``label_column``, ``split_column``, ``key_column``) belong to tables; None is the same as
-    leaving one out.
+    known by its manifest; the manifest.json of an S3 Inventory is an inventory; all else is a
+    folder of images. Options (``path_column``, ``label_column``, ``split_column``, ``key_column``,
+    ``etag_column``) belong to tables; None is the same as leaving one out.
 
     Raises ``DataError`` when there are no images at all, ``SettingsError`` for a wrong option.
     """
     columns = {name: value for name, value in options.items() if value is not None}
-    place = _look(uri)
+    place = _look(uri, labelled=labelled)
     chosen = _detect(place) if format == "auto" else format
     if columns and chosen != "table":
         raise SettingsError(f"{', '.join(columns)}: only a table has columns, {uri} is a {chosen}")
@@ -64,6 +65,8 @@ def open_source(
         return IdxSource(store=place.store, file=place.file, labelled=labelled)
     if chosen == "dataset":
         return DatasetSource(store=place.store)
+    if chosen == "inventory":
+        return InventorySource(store=place.store, file=place.file or MANIFEST)
     raise SettingsError(f"no format {format!r}", hint=f"use one of {', '.join(FORMATS)}")
 
 
@@ -77,13 +80,14 @@ class _Place:
     names: list[str]
 
 
-def _look(uri: str) -> _Place:
+def _look(uri: str, *, labelled: bool) -> _Place:
     store = open_store(uri)
     may_be_file = uri.startswith("s3://")
     names = []
     try:
-        visible = (item.key for item in store.list() if not is_hidden(item.key))
-        names = list(itertools.islice(visible, PEEK_FILES))
+        names = _first_names(store, hidden=False)
+        if not (names or labelled) and may_be_file:  # a bucket has no hidden images
+            names = _first_names(store, hidden=True)
     except MissingObjectError:  # a local path that is no folder
         may_be_file = True
     if names:
@@ -92,6 +96,11 @@ def _look(uri: str) -> _Place:
     if may_be_file and name and folder.head(name) is not None:
         return _Place(uri, folder, name, [])
     raise DataError(f"no images at all in {uri}: there are no files", hint="check the path")
+
+
+def _first_names(store: Store, *, hidden: bool) -> list[str]:
+    found = (item.key for item in store.list() if is_hidden(item.key) == hidden)
+    return list(itertools.islice(found, PEEK_FILES))
 
 
 def _split_file(uri: str) -> tuple[Store, str]:
@@ -129,6 +138,8 @@ def _detect_file(place: _Place) -> str:
         return "webdataset"
     if name.endswith(("-ubyte", "-ubyte.gz")):
         return "idx"
+    if place.file == MANIFEST and find_inventory(place.store, MANIFEST) is not None:
+        return "inventory"
     raise _no_images(place)
 
 

@@ -20,14 +20,14 @@ from operator import itemgetter
 import pyarrow as pa
 from PIL import Image
 
-from cnnray.datasets.sources.base import SPLIT_NAMES, Entry, entry_tables
-from cnnray.errors import CnnrayError, DataError, MissingObjectError, StorageError
+from cnnray.datasets.sources.base import SPLIT_NAMES, STORE_FAILURES, Entry, entry_tables
+from cnnray.errors import ChangedObjectError, DataError, MissingObjectError, StorageError
 from cnnray.storage import Store, open_store
 
 IMAGES_MAGIC = 0x0803  # uint8, three dimensions
 LABELS_MAGIC = 0x0801  # uint8, one dimension
 MAX_FILE_BYTES = 4 << 30
-"""The largest decompressed file: an IDX file is held in memory whole."""
+"""The largest file, and the largest decompressed one: it is held in memory whole."""
 
 CHUNK_BYTES = 1 << 20
 
@@ -52,7 +52,7 @@ class IdxSource:
     """The pairs of IDX files directly in ``store``, or only the split that ``file`` belongs to.
 
     Images are read as losslessly encoded 8-bit grey PNG; ``offset`` and ``length`` of an entry
-    count the bytes of the pixels, decompressed and without the header.
+    count the bytes of the pixels, decompressed and without the header; the etag is the file's.
     """
 
     store: Store
@@ -104,9 +104,12 @@ class IdxSource:
             try:
                 images, found_etag = self._load(path)
                 if found_etag != etag:
-                    raise StorageError(f"{self.store.uri}/{path} changed after it was listed")
-            except CnnrayError as error:
-                yield from (StorageError(str(error)) for _ in group)
+                    raise ChangedObjectError(f"{self.store.uri}/{path} changed after it was listed")
+            except STORE_FAILURES:
+                raise
+            except (StorageError, DataError) as error:
+                failure = error if isinstance(error, StorageError) else StorageError(str(error))
+                yield from (failure for _ in group)
                 continue
             for _, _, offset, length in group:
                 yield images.png(offset, length=length)
@@ -153,7 +156,7 @@ class _Images:
 
     def png(self, offset: int, *, length: int) -> bytes | StorageError:
         if length != self.rows * self.cols or not 0 <= offset <= len(self.pixels) - length:
-            return StorageError("the IDX file is not the one that was listed")
+            return ChangedObjectError("the IDX file is not the one that was listed")
         image = Image.frombytes("L", (self.cols, self.rows), self.pixels[offset : offset + length])
         buffer = io.BytesIO()
         image.save(buffer, "PNG", compress_level=1)
@@ -162,9 +165,10 @@ class _Images:
 
 @functools.lru_cache(maxsize=1)
 def _load_images(store_uri: str, path: str, *, etag: str) -> _Images:
-    """Load a file of images; ``etag`` tells apart the versions of a file in the cache."""
+    """Load a file of images; ``etag`` tells apart the versions of a file, here and in the cache."""
     where = f"{store_uri}/{path}"
-    sizes, pixels = _parse(_read_file(open_store(store_uri), path), magic=IMAGES_MAGIC, where=where)
+    data = _read_file(open_store(store_uri), path, etag=etag)
+    sizes, pixels = _parse(data, magic=IMAGES_MAGIC, where=where)
     count, rows, cols = sizes
     if not (count and rows and cols):
         raise DataError(f"{where} has {count} images of {rows} x {cols} pixels")
@@ -187,21 +191,27 @@ def _parse(data: bytes, *, magic: int, where: str) -> tuple[tuple[int, ...], mem
     return tuple(sizes), values
 
 
-def _read_file(store: Store, path: str) -> bytes:
+def _read_file(store: Store, path: str, *, etag: str | None = None) -> bytes:
     """The whole file, decompressed if it is gzip by its first bytes, within the memory limit."""
     where = f"{store.uri}/{path}"
+    found = store.head(path)
+    if found is None:
+        raise MissingObjectError(f"no such file: {where}")
+    _check_size(found.size, where=where)
+    data = store.read(path, if_match=etag or found.etag)
+    if not data.startswith(b"\x1f\x8b"):
+        return data
     buffer = io.BytesIO()
     try:
-        with store.open(path) as file:
-            is_gzip = file.read(2) == b"\x1f\x8b"
-            file.seek(0)
-            reader = gzip.GzipFile(fileobj=file) if is_gzip else file
-            while chunk := reader.read(CHUNK_BYTES):
-                if buffer.tell() + len(chunk) > MAX_FILE_BYTES:
-                    raise DataError(f"{where} is larger than {MAX_FILE_BYTES >> 30} GiB")
-                buffer.write(chunk)
+        reader = gzip.GzipFile(fileobj=io.BytesIO(data))
+        while chunk := reader.read(CHUNK_BYTES):
+            _check_size(buffer.tell() + len(chunk), where=where)
+            buffer.write(chunk)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{where} is damaged: {error}") from error
-    except OSError as error:
-        raise StorageError(f"cannot read {where}: {error}") from error
     return buffer.getvalue()
+
+
+def _check_size(size: int, *, where: str) -> None:
+    if size > MAX_FILE_BYTES:
+        raise DataError(f"{where} is larger than {MAX_FILE_BYTES >> 30} GiB")

@@ -1,13 +1,11 @@
-"""A CSV or Parquet table that names the images and, if it has them, labels and splits.
+"""A CSV or Parquet table that names the images and, if it has them, labels, splits and etags.
 
-Tables are streamed, only the columns in use are read, and no extension type is loaded. Paths are
-local or ``s3://``; nothing else is ever fetched.
+Paths are local or ``s3://``; nothing else is ever fetched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -17,6 +15,14 @@ import pyarrow.parquet as pq
 from pyarrow import csv
 
 from cnnray.datasets.sources.base import MAX_TABLE_ROWS, SPLIT_NAMES, is_hidden, read_each
+from cnnray.datasets.sources.rows import (
+    BLOCK_BYTES,
+    etags,
+    named_errors,
+    parquet_batches,
+    refuse,
+    text,
+)
 from cnnray.errors import DataError, StorageError
 from cnnray.schema import ENTRY_SCHEMA
 from cnnray.storage import Store, open_store, split_uri
@@ -26,10 +32,9 @@ COLUMN_NAMES = {
     "label": ("label", "class", "category", "target"),
     "split": ("split", "subset"),
     "key": ("key",),
+    "etag": ("etag", "e_tag"),
 }
 """The names by which a column is found, in any case, when the settings do not name it."""
-
-BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class TableSource:
     """The rows of ``file`` in ``store``, or of every Parquet file below ``store``.
 
     Relative paths are relative to ``store``. The key is the key column, or else the path as given.
+    An image whose etag is not that of the table has changed.
     """
 
     store: Store
@@ -46,6 +52,7 @@ class TableSource:
     label_column: str | None = None
     split_column: str | None = None
     key_column: str | None = None
+    etag_column: str | None = None
 
     def partitions(self) -> list[str]:
         """One partition per file."""
@@ -61,15 +68,15 @@ class TableSource:
         return files
 
     def list(self, partition: str) -> Iterator[pa.Table]:
-        """The rows of one file, in its order; sizes and etags are not known."""
+        """The rows of one file, in its order; sizes are not known."""
         where = f"{self.store.uri}/{partition}"
         num_rows = 0
-        with _named_errors(where), self.store.open(partition) as file:
+        with named_errors(where), self.store.open(partition) as file:
             is_csv = partition.lower().endswith(".csv")
             schema = _csv_schema(file) if is_csv else pq.ParquetFile(file).schema_arrow
             columns = self._columns(schema, where=where)
             names = [*dict.fromkeys(columns.values())]
-            batches = _csv_batches(file, names) if is_csv else _parquet_batches(file, names)
+            batches = _csv_batches(file, names) if is_csv else parquet_batches(file, names)
             for batch in batches:
                 for start in range(0, batch.num_rows, MAX_TABLE_ROWS):
                     piece = batch.slice(start, MAX_TABLE_ROWS)
@@ -78,11 +85,13 @@ class TableSource:
 
     def read(self, entries: pa.Table) -> Iterator[bytes | StorageError]:
         """The bytes that each path leads to."""
-        return read_each(self._read, entries["path"].to_pylist())
+        columns = (entries[name].to_pylist() for name in ("path", "etag"))
+        return read_each(self._read, zip(*columns, strict=True))
 
-    def _read(self, path: str) -> bytes:
+    def _read(self, image: tuple[str, str]) -> bytes:
+        path, etag = image
         store, key = self._find(path)
-        return store.read(key)
+        return store.read(key, if_match=etag)
 
     def _find(self, path: str) -> tuple[Store, str]:
         scheme, has_scheme, rest = path.partition("://")
@@ -95,14 +104,10 @@ class TableSource:
         raise StorageError(f"cannot read {path!r}: only local paths and s3:// are supported")
 
     def _columns(self, schema: pa.Schema, *, where: str) -> dict[str, str]:
-        """The role of each column in use: path, label, split, key."""
-        named = {
-            "path": self.path_column,
-            "key": self.key_column,
-            "label": self.label_column,
-            "split": self.split_column,
-        }
-        roles = named if self.labelled else {"path": self.path_column, "key": self.key_column}
+        """The name of each column in use, by its role."""
+        roles = {"path": self.path_column, "key": self.key_column, "etag": self.etag_column}
+        if self.labelled:
+            roles |= {"label": self.label_column, "split": self.split_column}
         columns = {}
         for role, name in roles.items():
             found = _find_column(schema, role=role, name=name, where=where)
@@ -163,33 +168,25 @@ def _csv_batches(file: BinaryIO, names: list[str]) -> Iterator[pa.RecordBatch]:
     )
 
 
-def _parquet_batches(file: BinaryIO, names: list[str]) -> Iterator[pa.RecordBatch]:
-    # A buffer streams the pages; without it a whole column of the row group is in memory.
-    parquet = pq.ParquetFile(file, buffer_size=BLOCK_BYTES, pre_buffer=False)
-    yield from parquet.iter_batches(batch_size=MAX_TABLE_ROWS, columns=names, use_threads=False)
-
-
 def _entries(
     batch: pa.RecordBatch, *, columns: dict[str, str], where: str, first_row: int
 ) -> pa.Table:
     def column(role: str) -> pa.Array[Any]:
         if role not in columns:
             return pa.nulls(batch.num_rows, pa.string())
-        values = batch.column(columns[role]).cast(pa.string())
-        values.validate(full=True)  # Parquet may hold text that is not UTF-8
-        return pc.if_else(pc.equal(values, pa.scalar("")), None, values)
+        return text(batch.column(columns[role]))
 
     path = column("path")
     key = column("key") if "key" in columns else path
     for name, values in (("path", path), ("key", key)):
-        _refuse(values.is_null(), f"no {name} in {where}", first_row=first_row)
+        refuse(values.is_null(), f"no {name} in {where}", first_row=first_row)
     return pa.Table.from_arrays(
         [
             key,
             path,
             pa.repeat(pa.scalar(0, pa.int64()), batch.num_rows),
             pa.repeat(pa.scalar(-1, pa.int64()), batch.num_rows),
-            pa.repeat("", batch.num_rows),
+            etags(column("etag")),
             column("label"),
             _splits(column("split"), where=where, first_row=first_row),
         ],
@@ -203,22 +200,5 @@ def _splits(values: pa.Array[Any], *, where: str, first_row: int) -> pa.Array[An
     if pc.any(is_unknown).as_py():
         value = values.filter(is_unknown)[0].as_py()
         message = f"{value!r} is not a split in {where}"
-        _refuse(is_unknown, message, first_row=first_row, hint=f"use {', '.join(SPLIT_NAMES)}")
+        refuse(is_unknown, message, first_row=first_row, hint=f"use {', '.join(SPLIT_NAMES)}")
     return pa.array([*SPLIT_NAMES.values()]).take(positions)
-
-
-def _refuse(
-    is_bad: pa.Array[Any], message: str, *, first_row: int, hint: str | None = None
-) -> None:
-    position = pc.index(is_bad, True).as_py()
-    if position >= 0:
-        raise DataError(f"{message}, row {first_row + position}", hint=hint)
-
-
-@contextmanager
-def _named_errors(where: str) -> Iterator[None]:
-    """Arrow's errors as ``DataError``: a damaged Parquet file is an ``OSError`` there."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, UnicodeError) as error:
-        raise DataError(f"cannot read {where}: {str(error).partition(chr(10))[0]}") from error

@@ -46,7 +46,7 @@ class WebDatasetSource:
     """The tar ``file`` in ``store``, or every tar below ``store``.
 
     Keys are ``tar/member``, with ``#2``, ``#3``, ... appended when a tar repeats a name. Tars below
-    a folder that is named as a split belong to it.
+    a folder that is named as a split belong to it. The etag of an entry is that of its tar.
     """
 
     store: Store
@@ -77,12 +77,12 @@ class WebDatasetSource:
 
     def read(self, entries: pa.Table) -> Iterator[bytes | StorageError]:
         """The bytes of each image member, by range."""
-        columns = (entries[name].to_pylist() for name in ("path", "offset", "length"))
+        columns = (entries[name].to_pylist() for name in ("path", "offset", "length", "etag"))
         return read_each(self._read, zip(*columns, strict=True))
 
-    def _read(self, member: tuple[str, int, int]) -> bytes:
-        path, offset, length = member
-        data = self.store.read(path, offset=offset, length=length)
+    def _read(self, member: tuple[str, int, int, str]) -> bytes:
+        path, offset, length, etag = member
+        data = self.store.read(path, offset=offset, length=length, if_match=etag)
         if len(data) != length:
             raise StorageError(f"{self.store.uri}/{path} is shorter than it was when listed")
         return data
