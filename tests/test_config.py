@@ -19,11 +19,19 @@ from cnnray.config import (
     JobSettings,
     PackSettings,
     TrainSettings,
+    VerifySettings,
     load_settings,
 )
 from cnnray.errors import SettingsError
 
-JOBS = (PackSettings, TrainSettings, EvaluateSettings, ClassifySettings, DemoSettings)
+JOBS = (
+    PackSettings,
+    TrainSettings,
+    EvaluateSettings,
+    ClassifySettings,
+    VerifySettings,
+    DemoSettings,
+)
 CONFIGS = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml"))
 """Of the train job, unless the name begins with another one."""
 
