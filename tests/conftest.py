@@ -1,4 +1,4 @@
-"""A real S3 server for the tests that need one."""
+"""S3 servers for the tests that need one: a real one, and moto."""
 
 from __future__ import annotations
 
@@ -101,6 +101,17 @@ def _wait_until_up(process: subprocess.Popen[bytes], server: S3Server, log: Path
                 tail = log.read_text(errors="replace")[-2000:]
                 raise RuntimeError(f"the S3 server did not start: {error}\n{tail}") from error
             time.sleep(0.2)
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[str]:
+    """The endpoint of a moto server on loopback: it takes any credentials and nearly any key."""
+    server_module = pytest.importorskip("moto.server")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
 
 
 @pytest.fixture(scope="session")

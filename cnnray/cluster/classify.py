@@ -5,6 +5,7 @@ Plan, publish and commit are ``cnnray.labeling``'s: a driver may be killed anywh
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from cnnray.datasets.sources import Source, copy_rows, open_source
 from cnnray.errors import DataError, IncompleteError, TooManyBadImagesError
 from cnnray.images.decode import DecodeLimits
 from cnnray.labeling.assembler import PartAssembler
-from cnnray.labeling.commit import Run, RunTotals, finish_run, published_parts
+from cnnray.labeling.commit import Run, RunTotals, finish_run, missing_parts
 from cnnray.labeling.labeler import Labeler, Sample
 from cnnray.labeling.parts import PublishedPart, publish_part
 from cnnray.labeling.plan import DATA_FOLDER
@@ -92,7 +93,7 @@ def classify(settings: ClassifySettings) -> dict[str, Any]:
     ``TooManyBadImagesError`` (all rows are there) beyond the budget.
     """
     started = time.perf_counter()
-    with stop_on_sigterm():
+    with stop_on_sigterm(), contextlib.ExitStack() as resources:
         output = open_store(settings.output, single_writer=settings.single_writer)
         model = open_store(settings.model)
         bundle = load_bundle(model)  # a wrong bundle is found before anything is started
@@ -113,7 +114,8 @@ def classify(settings: ClassifySettings) -> dict[str, Any]:
             if begun is None:
                 break
             run, is_mine = begun
-            finished.append((run, _work_on(run, settings, source, model, is_mine=is_mine)))
+            totals = _work_on(run, settings, source, model, is_mine=is_mine, resources=resources)
+            finished.append((run, totals))
     return _result(finished, output, settings, seconds=time.perf_counter() - started)
 
 
@@ -148,13 +150,21 @@ def _list_inputs(source: Source, settings: ClassifySettings) -> Iterator[pa.Tabl
 
 
 def _work_on(
-    run: Run, settings: ClassifySettings, source: Source, model: Store, *, is_mine: bool
+    run: Run,
+    settings: ClassifySettings,
+    source: Source,
+    model: Store,
+    *,
+    is_mine: bool,
+    resources: contextlib.ExitStack,
 ) -> RunTotals:
-    """Label and publish every missing part of a run, and commit it."""
+    """Label and publish every missing part of a run, and commit it.
+
+    Ray is started when there is something to label, and lives as long as ``resources``.
+    """
     published: dict[int, PublishedPart] = {}
     for _ in range(MAX_PASSES):
-        there = published_parts(run)
-        missing = [part for part in range(run.plan.num_parts) if part not in there]
+        missing = missing_parts(run)
         if not missing:
             break
         logger.info(
@@ -167,8 +177,8 @@ def _work_on(
         )
         if not is_mine:  # from the other end: the driver that opened the run may be alive
             missing.reverse()
-        with ray_cluster(settings.cluster):
-            published |= _label(run, missing, settings, source, model)
+        resources.enter_context(ray_cluster(settings.cluster))  # the second time it is there
+        published |= _label(run, missing, settings, source, model)
     return finish_run(run, published)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import time
 from collections.abc import Sequence
@@ -10,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import torch
 
@@ -32,7 +30,7 @@ from cnnray.evaluation.report import Mistake, render_report
 from cnnray.images.decode import DecodeLimits, decode_image
 from cnnray.images.transforms import EvalTransform
 from cnnray.models.bundle import BundleSpec, load_bundle
-from cnnray.storage import Store, encode_json, open_store, sha256
+from cnnray.storage import Store, encode_json, encode_parquet, open_store, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -122,9 +120,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         mistakes=mistakes,
         facts=facts,
     )
-    buffer = io.BytesIO()
-    pq.write_table(predictions, buffer)
-    output.write(PREDICTIONS, buffer.getvalue())
+    output.write(PREDICTIONS, encode_parquet(predictions))
     output.write(REPORT, report.encode())
     output.write(METRICS, encode_json({"facts": facts, **metrics.to_dict()}))
     return _result(metrics, output=output, seconds=time.perf_counter() - started)

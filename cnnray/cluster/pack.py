@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import io
 import logging
 import time
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cnnray.cluster.listing import list_entries
 from cnnray.cluster.runtime import ray_cluster
@@ -28,7 +26,7 @@ from cnnray.datasets.shards import PackedShard, pack_shard
 from cnnray.datasets.sources import Source, open_source
 from cnnray.errors import AlreadyExistsError, TooManyBadImagesError, UsageError
 from cnnray.images.decode import DecodeLimits
-from cnnray.storage import Store, open_store, sha256
+from cnnray.storage import Store, encode_parquet, open_store, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -119,9 +117,7 @@ def _publish(
     output: Store, manifest: Manifest, rejected: pa.Table, *, replaced: Manifest | None
 ) -> None:
     """Make the dataset exist: its manifest comes last, and old files go once it is there."""
-    buffer = io.BytesIO()
-    pq.write_table(rejected, buffer)
-    output.write(REJECTED, buffer.getvalue())
+    output.write(REJECTED, encode_parquet(rejected))
     if replaced is None:
         output.create(MANIFEST, manifest.to_bytes())
         return

@@ -18,7 +18,7 @@ from cnnray.labeling.log import MAX_RACES, append_entry, read_log
 from cnnray.labeling.parts import PublishedPart, publish_part, read_part
 from cnnray.labeling.plan import DATA_FOLDER, LabelPlan
 from cnnray.schema import PARTS_SCHEMA
-from cnnray.storage import Store, StoredObject, sha256
+from cnnray.storage import Store, StoredObject, encode_parquet, sha256
 
 MANIFEST_FOLDER = "_cnnray/manifests"
 
@@ -78,6 +78,12 @@ def published_parts(run: Run) -> dict[int, StoredObject]:
     return found
 
 
+def missing_parts(run: Run) -> list[int]:
+    """The parts that are not there yet, in order. Raises what ``published_parts`` does."""
+    there = published_parts(run)
+    return [part for part in range(run.plan.num_parts) if part not in there]
+
+
 def finish_run(run: Run, published: Mapping[int, PublishedPart]) -> RunTotals:
     """Commit a run whose parts are all there; ``published`` are those that this driver wrote.
 
@@ -117,10 +123,8 @@ def seal_run(run: Run, nothing: pa.Table) -> RunTotals:
     A driver that wakes up later finds every name taken. The images of the sealed parts are planned
     again by the next run.
     """
-    there = published_parts(run)
-    for part in range(run.plan.num_parts):
-        if part not in there:
-            publish_part(run.store, run.part_key(part), nothing, run=run.id, part=part)
+    for part in missing_parts(run):
+        publish_part(run.store, run.part_key(part), nothing, run=run.id, part=part)
     return finish_run(run, {})
 
 
@@ -145,15 +149,14 @@ def read_totals(manifest: pa.Table) -> RunTotals:
 
 def _write_manifest(run: Run, records: Iterable[dict[str, Any]]) -> bytes:
     """Write the manifest, unless another driver has; the bytes that are there."""
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(records), PARTS_SCHEMA), buffer, compression="zstd")
+    manifest = encode_parquet(pa.Table.from_pylist(list(records), PARTS_SCHEMA), compression="zstd")
     crash_point("run.before_manifest")
     try:
-        run.store.create(run.manifest_key, buffer.getvalue())
+        run.store.create(run.manifest_key, manifest)
     except AlreadyExistsError:  # of the same parts, in other bytes: by another version of pyarrow
         return run.store.read(run.manifest_key)
     crash_point("run.after_manifest")
-    return buffer.getvalue()
+    return manifest
 
 
 def _part_records(

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from cnnray.errors import AlreadyExistsError, CnnrayError, ConflictError
 from cnnray.labeling.crash_points import crash_point
-from cnnray.storage import Store, sha256
+from cnnray.storage import Store, encode_parquet, sha256
 
 FOOTER_KEY = b"cnnray"
 
@@ -87,10 +87,8 @@ def read_footer(data: bytes) -> PartFooter:
 
 def _encode(rows: pa.Table, footer: PartFooter) -> bytes:
     """The bytes of a part, read back and compared before anybody sees them."""
-    buffer = io.BytesIO()
     metadata = {FOOTER_KEY: json.dumps(asdict(footer)).encode()}
-    pq.write_table(rows.replace_schema_metadata(metadata), buffer, compression="zstd")
-    data = buffer.getvalue()
+    data = encode_parquet(rows.replace_schema_metadata(metadata), compression="zstd")
     written = pq.ParquetFile(io.BytesIO(data)).read(columns=["key", "etag"])
     if not written.equals(rows.select(["key", "etag"])):
         raise CnnrayError(f"part {footer.part} of run {footer.run} does not read back as written")

@@ -19,7 +19,7 @@ from cnnray.datasets.sources.base import read_each
 from cnnray.errors import ConflictError, StorageError
 from cnnray.labeling.crash_points import crash_point
 from cnnray.schema import PLAN_SCHEMA, PLAN_VERSION
-from cnnray.storage import Store, encode_json, sha256
+from cnnray.storage import Store, encode_json, encode_parquet, sha256
 
 PLAN_FOLDER = "_cnnray/plans"
 DATA_FOLDER = "data"
@@ -83,9 +83,7 @@ def write_plan(
     """
     rows, pieces = 0, []
     for table in _rechunk(inputs, _parts_a_piece(part_rows) * part_rows):
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
-        data = buffer.getvalue()
+        data = encode_parquet(table, compression="zstd")
         pieces.append(sha256(data))
         rows += table.num_rows
         store.create(_piece_key(pieces[-1]), data)

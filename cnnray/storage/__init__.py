@@ -11,6 +11,7 @@ from cnnray.storage.base import (
     Store,
     StoredObject,
     encode_json,
+    encode_parquet,
     read_json,
     sha256,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "StoredObject",
     "child",
     "encode_json",
+    "encode_parquet",
     "open_store",
     "read_json",
     "sha256",

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cnnray.errors import StorageError
 
@@ -83,6 +87,13 @@ def sha256(data: bytes) -> str:
 def encode_json(value: Any) -> bytes:
     """The one JSON form of documents that cnnray writes: readable, key order kept, no NaN."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def encode_parquet(table: pa.Table, *, compression: str = "snappy") -> bytes:
+    """A table as the bytes of a Parquet file: the same table gives the same bytes."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression=compression)
+    return buffer.getvalue()
 
 
 def read_json(store: Store, key: str) -> Any:

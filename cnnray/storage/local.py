@@ -66,8 +66,9 @@ class LocalStore:
         top = self._path(prefix)
         if not os.path.isdir(top):
             raise MissingObjectError(f"no such folder: {shown(top)}")
+        start = len(os.path.join(self.root, ""))  # relpath would take half of the listing's time
         for path, status in _walk(top, recursive=recursive):
-            key = _as_text(os.path.relpath(path, self.root))
+            key = _as_text(path[start:])
             yield StoredObject(key=key, size=status.st_size, etag=_etag(status))
 
     def list_folders(self) -> Sequence[str]:

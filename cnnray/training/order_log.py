@@ -7,15 +7,13 @@ A rank writes its file when its epoch ends; an epoch that is repeated after a re
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cnnray.datasets.order import Batch
 from cnnray.schema import ORDER_SCHEMA
-from cnnray.storage import Store
+from cnnray.storage import Store, encode_parquet
 
 
 def log_order(
@@ -31,9 +29,7 @@ def log_order(
         steps += [step] * len(batch["key"])
         yield batch
     columns = [[epoch] * len(keys), steps, [rank] * len(keys), keys]
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(columns, ORDER_SCHEMA), buffer)
-    store.write(_name(epoch, rank), buffer.getvalue())
+    store.write(_name(epoch, rank), encode_parquet(pa.table(columns, ORDER_SCHEMA)))
 
 
 def _name(epoch: int, rank: int) -> str:

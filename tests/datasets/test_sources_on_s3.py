@@ -6,7 +6,6 @@ import io
 import json
 import tarfile
 import uuid
-from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -52,16 +51,6 @@ ODD_KEYS = (
 )
 
 
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server_module = pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 class Bucket:
     """What a user does to a bucket, through a client that is not cnnray's."""
 
@@ -87,9 +76,9 @@ class Bucket:
 
 
 @pytest.fixture
-def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+def bucket(moto: str, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     """A new bucket of a server on this machine."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", moto)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")

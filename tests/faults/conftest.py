@@ -213,14 +213,9 @@ def seaweed_target(seaweed: Any) -> Target:
 
 
 @pytest.fixture(scope="session")
-def moto_target(chaos_process: Any) -> Iterator[Target]:
-    server_module = pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    environment = {**chaos_process.environment, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
-    yield _target("moto", "contract", environment, create=True)
-    server.stop()
+def moto_target(chaos_process: Any, moto: str) -> Target:
+    environment = {**chaos_process.environment, "AWS_ENDPOINT_URL": moto}
+    return _target("moto", "contract", environment, create=True)
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,9 @@ def test_a_store_that_always_fails_is_asked_a_bounded_number_of_times(
     chaos.server.set_rules({"action": action, "method": "GET"})
     with pytest.raises(UnavailableError, match="key: the store gave no usable answer") as caught:
         chaos_store.read("key")
-    assert gets(chaos) == retry.MAX_ATTEMPTS
+    # aiohttp asks once more by itself when a connection that it had kept open turns out to be dead
+    most = retry.MAX_ATTEMPTS * (2 if action == "reset" else 1)
+    assert retry.MAX_ATTEMPTS <= gets(chaos) <= most
     assert caught.value.exit_code == 4
 
 

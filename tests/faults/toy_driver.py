@@ -20,7 +20,7 @@ from PIL import Image
 from cnnray.datasets.listing import list_in_order
 from cnnray.datasets.sources import Source, open_source
 from cnnray.errors import CnnrayError
-from cnnray.labeling.commit import finish_run, published_parts
+from cnnray.labeling.commit import finish_run, missing_parts
 from cnnray.labeling.parts import publish_part
 from cnnray.labeling.runs import begin_run, claim_table
 from cnnray.schema import LABELS_SCHEMA
@@ -62,9 +62,8 @@ def main() -> int:
         if begun is None:
             break
         run, is_mine = begun
-        published, there = {}, published_parts(run)
-        missing = [part for part in range(run.plan.num_parts) if part not in there]
-        for part, planned in run.plan.read_parts(missing):
+        published = {}
+        for part, planned in run.plan.read_parts(missing_parts(run)):
             time.sleep(options.pause)
             rows = label_colours(planned, source)
             num_read += rows.num_rows

@@ -145,11 +145,13 @@ def test_the_queries_of_the_readme_read_the_labels(journey, monkeypatch):
 
     folder, _ = journey
     monkeypatch.chdir(folder)
-    block = re.findall(r"```sql\n(.*?)```", README, flags=re.DOTALL)[0]
+    block, latest, _, whole_runs = re.findall(r"```sql\n(.*?)```", README, flags=re.DOTALL)
     labels, errors = (duckdb.sql(query).fetchall() for query in block.strip().splitlines())
     assert len(labels) == 120
     assert {label for _, label, _ in labels} <= {"dark", "light"}
     assert errors == []
+    assert len(duckdb.sql(latest).fetchall()) == 120
+    assert duckdb.connect().execute(whole_runs).fetchall() == [(120,)]
     [columns] = re.findall(r"Columns: `(.*?)`", README, flags=re.DOTALL)
     found = duckdb.sql("SELECT * FROM 'work/labels/data/**/*.parquet'").columns
     shown = [name.strip() for name in columns.split(",") if "[" not in name]

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 import cnnray.labeling.plan as plan_module
 from cnnray.errors import AlreadyExistsError, CnnrayError, MissingObjectError, UnavailableError
-from cnnray.labeling.commit import finish_run, published_parts, seal_run
+from cnnray.labeling.commit import finish_run, missing_parts, seal_run
 from cnnray.labeling.parts import publish_part
 from cnnray.labeling.runs import begin_run, claim_table
 from cnnray.schema import LABELS_SCHEMA, PLAN_SCHEMA
@@ -95,6 +95,7 @@ class Driver:
     world: World
     name: str
     faults: Faults
+    is_chaos: bool  # when it was started
     operation: Callable[[], object] | None = None
     is_write: bool = False
     outcome: object = None
@@ -163,11 +164,8 @@ def drive(store: DriverStore, *, name: str, seals: float) -> None:
         if dice.random() < seals:
             seal_run(run, LABELS_SCHEMA.empty_table())
             continue
-        there = published_parts(run)
         published = {}
-        for part, planned in run.plan.read_parts(
-            part for part in range(run.plan.num_parts) if part not in there
-        ):
+        for part, planned in run.plan.read_parts(missing_parts(run)):
             result = publish_part(
                 store, run.part_key(part), label(planned, name), run=run.id, part=part
             )
@@ -248,7 +246,10 @@ class World:
                 self.images[f"{len(self.images):04d}.jpg"] = 0
 
     def run(self) -> set[str]:
-        """Chaos first, then quiet until three drivers in a row have found nothing to do."""
+        """Chaos first, then quiet until three drivers have come and gone in it.
+
+        A driver of the chaos may have listed the images before the last of them came.
+        """
         self.grow(7)
         quiet_runs = 0
         for step in range(MAX_STEPS):
@@ -260,14 +261,15 @@ class World:
             limit = self.faults.drivers if is_chaos else 1
             if len(self.drivers) < limit and (not is_chaos or self.dice.random() < 0.1):
                 self.started += 1
-                self._add(Driver(self, f"{self.seed}-{self.started}", self.faults))
+                name = f"{self.seed}-{self.started}"
+                self._add(Driver(self, name, self.faults, is_chaos=is_chaos))
             if not self.drivers:
                 continue
             driver = self.dice.choice(self.drivers)
             self._step(driver, is_chaos=is_chaos)
             if driver.is_done:
                 self.drivers.remove(driver)
-                quiet_runs += not is_chaos and not self.late and driver.has_finished
+                quiet_runs += not driver.is_chaos and not self.late and driver.has_finished
                 if quiet_runs >= QUIET_RUNS:
                     break
         else:
