@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -20,14 +21,16 @@ NAMES_SHOWN = 3
 
 
 def load_weights(model: nn.Module, uri: str, *, num_classes: int) -> list[str]:
-    """Copy the tensors of a safetensors file into ``model``; return the names left as initialised.
+    """Copy the tensors of a safetensors file into ``model``; return the names of a head left new.
 
     The file (local or ``s3://``) names tensors as torchvision or timm do, or is a cnnray bundle's
     ``model.safetensors``, whose normalisation is dropped. Names and shapes must match, but for the
-    head: its tensors are copied when all fit, and otherwise keep their fresh values and are
-    returned. ``num_batches_tracked`` may be missing. When the model takes 1 channel and the file's
-    stem 3, the stem is summed over its input channels: the model then does to a grey image what
-    the file's does to R = G = B. Raises ``ModelError`` and leaves the model as it was.
+    head: its tensors are copied when all fit, and otherwise set to zero and returned. A head of
+    zeros finds all classes equally likely, and its first gradients leave the backbone alone
+    (Kolesnikov et al. 2020); some models draw heads of few classes so wide that fine-tuning begins
+    at twice that loss. ``num_batches_tracked`` may be missing. When the model takes 1 channel and
+    the file's stem 3, the stem is summed over its input channels: the model then does to a grey
+    image what the file's does to R = G = B. Raises ``ModelError`` and leaves the model as it was.
     """
     store, key = storage.split_uri(uri)
     expected = model.state_dict()
@@ -38,7 +41,8 @@ def load_weights(model: nn.Module, uri: str, *, num_classes: int) -> list[str]:
     body = _grey_stem(body, expected_body, stem_name(model))
     check_tensors(body, expected_body, source=uri)
     keeps_head = all(_fits(head, expected_head, name) for name in expected_head)
-    loaded = body | {name: head[name] for name in expected_head if keeps_head}
+    new_head = head if keeps_head else {n: torch.zeros_like(t) for n, t in expected_head.items()}
+    loaded = body | {name: new_head[name] for name in expected_head}
     check_finite(loaded, source=uri)
     model.load_state_dict(loaded, strict=False)
     return [] if keeps_head else sorted(expected_head)
