@@ -9,7 +9,7 @@
       . MissingObjectError       an object that is not there
       . AlreadyExistsError       an object that is there, with other content
       . ChangedObjectError       an object that is no longer the one that was listed
-      . AccessDeniedError        a key without the permission
+      . AccessDeniedError        a key without the permission, or no usable key or address
       . UnavailableError      4  a store that did not answer in time, however often it was asked
   + TooManyBadImagesError     3  more bad images than the budget allows; the rows are kept
   + IncompleteError           4  work is left: submit the same command again
@@ -74,7 +74,7 @@ class ChangedObjectError(StorageError):
 
 
 class AccessDeniedError(StorageError):
-    """The credentials do not allow this."""
+    """The credentials do not allow this, or the AWS environment holds none that could."""
 
 
 class UnavailableError(StorageError):

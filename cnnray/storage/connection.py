@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from cnnray.errors import StorageError, UnavailableError
+from cnnray.errors import AccessDeniedError, StorageError, UnavailableError
 from cnnray.storage import retry
 from cnnray.storage.base import READ_CONCURRENCY
 from cnnray.storage.replies import (
@@ -110,7 +110,7 @@ class Connection:
         """Raise when it is of no use to wait for ``delay`` seconds and ask again."""
         is_unreachable = faults[-1] is Fault.UNREACHABLE
         if is_unreachable and not self.reached and deadline.elapsed() > FIRST_CONTACT_SECONDS:
-            raise StorageError(
+            raise UnavailableError(
                 f"cannot reach the object store for {where}",
                 hint=f"check AWS_ENDPOINT_URL: {reason(error)}",
             ) from error
@@ -134,7 +134,11 @@ _connections: dict[tuple[object, ...], Connection] = {}
 
 
 def connect() -> Connection:
-    """This process's connection; a new one after a fork or a change of the AWS environment."""
+    """This process's connection; a new one after a fork or a change of the AWS environment.
+
+    Raises ``AccessDeniedError`` when the environment makes no client, ``UnavailableError`` when
+    that may be different later: never what a source could take for a fact about one image.
+    """
     names = sorted(name for name in os.environ if name.startswith("AWS_"))
     identity = (os.getpid(), *((name, os.environ[name]) for name in names))
     with _lock:
@@ -162,13 +166,19 @@ def _open() -> Connection:
         session = filesystem.set_session()
         client = asyncio.run_coroutine_threadsafe(session, filesystem.loop).result(CLIENT_SECONDS)
     except Exception as error:
-        raise StorageError(
-            f"cannot make an S3 client: {reason(error)}",
-            hint="check AWS_ENDPOINT_URL, AWS_PROFILE and AWS_REGION",
-        ) from error
+        raise _no_client(error) from error
     if "@" in urlsplit(client.meta.endpoint_url).netloc:
-        raise StorageError(
+        raise AccessDeniedError(
             "credentials in the address of the object store are refused",
             hint="take them out of AWS_ENDPOINT_URL; use the AWS environment or a profile",
         )
     return Connection(filesystem=filesystem, client=client, pacer=Pacer(READ_CONCURRENCY))
+
+
+def _no_client(error: Exception) -> StorageError:
+    """Why there is no client: a failure of the whole process, whichever image was asked for."""
+    kind = AccessDeniedError if classify(error) is Fault.PERMANENT else UnavailableError
+    return kind(
+        f"cannot make an S3 client: {reason(error)}",
+        hint="check AWS_ENDPOINT_URL, AWS_PROFILE and AWS_REGION",
+    )

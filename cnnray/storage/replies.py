@@ -146,7 +146,7 @@ def storage_error(error: BaseException, *, bucket: str, key: str | None) -> Stor
     if status == 412:
         return ChangedObjectError(f"{where} is no longer the object that was listed")
     if kind in ("NoCredentialsError", "PartialCredentialsError"):
-        return StorageError(
+        return AccessDeniedError(
             f"no credentials for {where}", hint="set AWS_ACCESS_KEY_ID or AWS_PROFILE"
         )
     if status in (401, 403) or code in DENIED_HINTS:

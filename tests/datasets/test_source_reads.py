@@ -8,6 +8,7 @@ import pytest
 
 from cnnray.datasets.sources.base import read_each
 from cnnray.datasets.sources.dataset import DatasetSource
+from cnnray.datasets.sources.folder import FolderSource
 from cnnray.datasets.sources.idx import IdxSource
 from cnnray.errors import (
     AccessDeniedError,
@@ -17,7 +18,7 @@ from cnnray.errors import (
     UnavailableError,
 )
 from cnnray.schema import ENTRY_SCHEMA
-from cnnray.storage import READ_CONCURRENCY
+from cnnray.storage import READ_CONCURRENCY, connection, open_store
 
 
 @pytest.mark.parametrize("kind", [MissingObjectError, ChangedObjectError, StorageError])
@@ -94,3 +95,31 @@ def test_sources_that_read_whole_files_raise_a_failure_of_the_store(source, kind
     entries = pa.Table.from_pylist([row], ENTRY_SCHEMA)
     with pytest.raises(kind, match="the bucket"):
         next(source(store=FailingStore(kind("the bucket"))).read(entries))
+
+
+@pytest.mark.parametrize(
+    ("environment", "kind"),
+    [
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, UnavailableError),  # nobody listens
+        ({"AWS_ENDPOINT_URL": "not-a-url"}, AccessDeniedError),
+        ({"AWS_PROFILE": "no-such-profile"}, AccessDeniedError),
+        ({"AWS_SECRET_ACCESS_KEY": ""}, AccessDeniedError),
+    ],
+)
+def test_a_worker_that_never_reaches_the_store_blames_no_image(monkeypatch, environment, kind):
+    known = {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:1",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": "/dev/null",
+        "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    for name, value in (known | environment).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(connection, "FIRST_CONTACT_SECONDS", 0.2)
+    row = {"key": "k", "path": "k.png", "offset": 0, "length": -1, "etag": "e"}
+    entries = pa.Table.from_pylist([row], ENTRY_SCHEMA)
+    with pytest.raises(kind):
+        list(FolderSource(store=open_store("s3://bucket/photos")).read(entries))

@@ -6,7 +6,12 @@ import hashlib
 from typing import Any
 
 import pytest
-from botocore.exceptions import ClientError, HTTPClientError
+from botocore.exceptions import (
+    ClientError,
+    HTTPClientError,
+    NoCredentialsError,
+    PartialCredentialsError,
+)
 
 from cnnray.errors import AccessDeniedError, MissingObjectError, StorageError
 from cnnray.storage.replies import (
@@ -76,6 +81,12 @@ def test_a_failure_on_the_way_is_asked_again(error: Exception) -> None:
         (refusal(400, "ExpiredToken"), AccessDeniedError, "renew the session token"),
         (refusal(403, "RequestTimeTooSkewed"), AccessDeniedError, "set the clock"),
         (refusal(400, "InvalidArgument"), StorageError, "s3://b/k: .*InvalidArgument"),
+        (NoCredentialsError(), AccessDeniedError, "no credentials for s3://b/k\nhint: set AWS_"),
+        (
+            PartialCredentialsError(provider="env", cred_var="AWS_SECRET_ACCESS_KEY"),
+            AccessDeniedError,
+            "no credentials for s3://b/k\nhint: set AWS_",
+        ),
     ],
 )
 def test_the_user_is_told_what_and_where(error: Exception, kind: type, text: str) -> None:

@@ -14,6 +14,7 @@ from cnnray.errors import (
     AlreadyExistsError,
     ChangedObjectError,
     StorageError,
+    UnavailableError,
 )
 from cnnray.storage import S3Store, Store, child, connection, open_store, split_uri
 
@@ -68,12 +69,12 @@ def test_an_endpoint_that_nobody_answers_is_named_in_time(monkeypatch: pytest.Mo
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2-hunter2")
         monkeypatch.setattr(connection, "FIRST_CONTACT_SECONDS", 1.0)
         started = time.monotonic()
-        with pytest.raises(StorageError, match="cannot reach the object store") as caught:
+        with pytest.raises(UnavailableError, match="cannot reach the object store") as caught:
             open_store("s3://bucket/prefix").read("key")
         assert time.monotonic() - started < 10
     assert "hint: check AWS_ENDPOINT_URL: " in str(caught.value)
     assert endpoint in str(caught.value)
-    assert caught.value.exit_code == 2
+    assert caught.value.exit_code == 4
     assert "hunter2" not in str(caught.value)
 
 
@@ -81,7 +82,7 @@ def test_an_endpoint_that_nobody_answers_is_named_in_time(monkeypatch: pytest.Mo
 def test_no_credentials_is_said_so(seaweed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    with pytest.raises(StorageError, match=r"no credentials for s3://cnnray-tests"):
+    with pytest.raises(AccessDeniedError, match=r"no credentials for s3://cnnray-tests"):
         open_store(seaweed.uri("prefix")).read("key")
 
 
@@ -149,8 +150,15 @@ def test_another_environment_is_another_client(
 def test_an_address_that_is_none_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "not-a-url")
     with pytest.raises(
-        StorageError, match="cannot make an S3 client.*not-a-url\nhint: check AWS_E"
+        AccessDeniedError, match="cannot make an S3 client.*not-a-url\nhint: check AWS_E"
     ):
+        open_store("s3://bucket/prefix").read("key")
+
+
+def test_a_client_that_is_not_made_in_time_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")  # an environment of its own
+    monkeypatch.setattr(connection, "CLIENT_SECONDS", 0.0)
+    with pytest.raises(UnavailableError, match="cannot make an S3 client: TimeoutError\nhint: "):
         open_store("s3://bucket/prefix").read("key")
 
 
@@ -158,6 +166,6 @@ def test_a_password_in_the_address_is_refused_and_never_shown(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:hunter2@127.0.0.1:1")
-    with pytest.raises(StorageError, match="credentials in the address .* are refused") as caught:
+    with pytest.raises(AccessDeniedError, match="credentials in the address .* refused") as caught:
         open_store("s3://bucket/prefix").read("key")
     assert "hunter2" not in str(caught.value)
