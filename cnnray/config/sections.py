@@ -37,6 +37,8 @@ class ColumnSettings(Section):
     """column with train, val or test (split, subset)"""
     key: str | None = None
     """column with the unique key of the image (key; otherwise the path)"""
+    etag: str | None = None
+    """column with the etag that the store gives the image, to tell a change (etag, e_tag)"""
 
     def options(self) -> dict[str, Any]:
         """The names that were given, as options of a source."""
