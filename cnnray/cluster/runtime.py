@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import os
 import secrets
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import ray
@@ -42,12 +43,14 @@ def ray_cluster(settings: ClusterSettings) -> Iterator[None]:
     """Ray for the length of a job: a running cluster, or a local one that is stopped again.
 
     A Ray that the process has started before (a test's) is used and left alone.
-    Raises ``CnnrayError`` when the cluster cannot be reached.
+    Raises ``CnnrayError`` when the cluster cannot be reached, ``SettingsError`` when it is open.
     """
     if ray.is_initialized():
         yield
         return
     address = settings.address or os.environ.get("RAY_ADDRESS") or "local"
+    if address not in ("local", "auto"):
+        refuse_open_cluster(address, os.environ, trusted_network=settings.trusted_network)
     _require_reachable(address)
     _set_ray_defaults(is_local=address == "local")
     on_sigterm = signal.getsignal(signal.SIGTERM)
@@ -75,6 +78,9 @@ def ray_cluster(settings: ClusterSettings) -> Iterator[None]:
     if on_sigterm is not signal.SIG_DFL:  # Ray has put its own in the place of the job's
         signal.signal(signal.SIGTERM, on_sigterm)
     try:
+        if address == "auto":  # only now is it known which Ray that is, and whether it has a token
+            found = ray.get_runtime_context().gcs_address
+            refuse_open_cluster(found, os.environ, trusted_network=settings.trusted_network)
         resources = ray.cluster_resources()
         logger.info(
             "Ray %s: %g CPUs, %g GPUs, %d nodes",
@@ -105,13 +111,41 @@ def stop_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def refuse_open_cluster(
+    address: str, environment: Mapping[str, str], *, trusted_network: bool
+) -> None:
+    """Raise ``SettingsError`` for a Ray on the network that takes code from anybody.
+
+    Whether Ray asks for a token is known by ``RAY_AUTH_MODE``, which every process of a cluster,
+    and of what is submitted to it, has from ``ray start``. A tunnel's end on loopback is accepted.
+    """
+    if trusted_network or environment.get("RAY_AUTH_MODE", "").lower() == "token":
+        return
+    host, _ = _host_and_port(address)
+    with contextlib.suppress(ValueError):
+        if host == "localhost" or ipaddress.ip_address(host).is_loopback:
+            return
+    raise SettingsError(
+        f"Ray at {address} asks for no token: whoever reaches its ports can run code there",
+        hint="start Ray and the job with RAY_AUTH_MODE=token (README, On a cluster),"
+        " or say --cluster.trusted_network",
+    )
+
+
+def _host_and_port(address: str) -> tuple[str, str]:
+    """Of ``[scheme://]host:port``; the port is "" where there is none."""
+    plain = address.rpartition("://")[2]
+    host, separator, port = plain.rpartition(":")
+    return (host.strip("[]"), port) if separator else (plain, "")
+
+
 def _require_reachable(address: str) -> None:
     """Raise ``CnnrayError`` when nobody listens there: Ray itself would try for minutes."""
-    host, separator, port = address.rpartition("://")[2].rpartition(":")
-    if not separator or not port.isdecimal():
+    host, port = _host_and_port(address)
+    if not port.isdecimal():
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
     except OSError as error:
         raise CnnrayError(f"cannot join Ray at {address}: {error}", hint=ADDRESS_HINT) from error
 

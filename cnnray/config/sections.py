@@ -74,6 +74,8 @@ class ClusterSettings(Section):
 
     address: str | None = None
     """host:port of a running cluster, auto for the one on this machine, local for a new one"""
+    trusted_network: bool = False
+    """join a Ray that asks for no token: nobody but its users reaches its ports"""
     num_cpus: PositiveInt | None = None
     """logical CPUs of a local Ray (the machine's)"""
     worker_logs: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -49,7 +50,8 @@ def environment() -> dict[str, str]:
         "PATH": f"{scripts}:/usr/bin:/bin",
         "HOME": os.environ.get("HOME", "/tmp"),
         "LANG": "C.UTF-8",
-        "RAY_AUTH_MODE": "disabled",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
     }
@@ -112,18 +114,20 @@ def head(environment: dict[str, str]) -> Iterator[Head]:
             start_new_session=True,
         )
     try:
-        _wait_until_up(process, found, log)
+        _wait_until_up(process, found, log, token=environment["RAY_AUTH_TOKEN"])
         yield found
     finally:
         _stop_group(process)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait_until_up(process: subprocess.Popen[bytes], head: Head, log: Path) -> None:
+def _wait_until_up(process: subprocess.Popen[bytes], head: Head, log: Path, *, token: str) -> None:
     deadline = time.monotonic() + START_SECONDS
+    headers = {"Authorization": f"Bearer {token}"}
+    request = urllib.request.Request(f"{head.dashboard}/api/jobs/", headers=headers)
     while True:
         try:
-            with urllib.request.urlopen(f"{head.dashboard}/api/jobs/", timeout=5):
+            with urllib.request.urlopen(request, timeout=5):
                 return
         except OSError as error:
             if process.poll() is not None or time.monotonic() > deadline:

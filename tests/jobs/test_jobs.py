@@ -47,7 +47,8 @@ def test_a_mistake_ends_in_two_lines_and_exit_code_2_and_writes_nothing(
 
 def test_a_job_alone_starts_a_ray_of_its_own_and_leaves_no_token_behind(run, shades, tmp_path):
     flags = ("--input", str(shades), "--output", str(tmp_path / "dataset"))
-    command = ("env", "-u", "RAY_AUTH_MODE", "python", "jobs/pack.py", *flags)
+    as_at_home = ("env", "-u", "RAY_AUTH_MODE", "-u", "RAY_AUTH_TOKEN")
+    command = (*as_at_home, "python", "jobs/pack.py", *flags)
     done = run(*command, "--cluster.num_cpus", "1", HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
