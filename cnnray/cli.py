@@ -30,6 +30,8 @@ def run_job(
 
     A ``CnnrayError`` ends in its message and exit code, without a traceback; results that an error
     carries in ``result`` are printed all the same.
+
+    Messages may name files as a stranger has named them, so what a terminal would obey is escaped.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     _set_up_log()
@@ -41,30 +43,45 @@ def run_job(
         _print_result(result)
     except CnnrayError as error:
         _print_result(error.result)
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(_printable(f"error: {error}"), file=sys.stderr)  # noqa: T201
         _exit(error.exit_code)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)  # noqa: T201
         _exit(130)
     except Exception:
-        traceback.print_exc()  # a bug, not a user's mistake; the process must end all the same
+        # A bug, not a user's mistake; the process must end all the same.
+        print(_printable(traceback.format_exc()), end="", file=sys.stderr)  # noqa: T201
         _exit(1)
     _exit(0)
 
 
+class _PrintableFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _printable(super().format(record))
+
+
 def _set_up_log() -> None:
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.WARNING,
-        format="%(asctime)s %(levelname).1s %(message)s",
-        datefmt="%H:%M:%S",
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        _PrintableFormatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
     )
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logger.setLevel(logging.INFO)
+
+
+def _printable(text: str) -> str:
+    """Lines without control characters, which are escaped; line breaks and tabs are kept."""
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text
+    )
 
 
 def _print_result(result: Mapping[str, Any] | None) -> None:
     if result is not None:
-        print(json.dumps(result, ensure_ascii=False, allow_nan=False), flush=True)  # noqa: T201
+        line = json.dumps(result, ensure_ascii=False, allow_nan=False)
+        # JSON lets DEL and the control characters beyond ASCII be as they are.
+        safe = "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in line)
+        print(safe, flush=True)  # noqa: T201
 
 
 def _exit(code: int) -> NoReturn:

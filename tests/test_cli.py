@@ -143,6 +143,35 @@ def test_a_result_that_is_not_json_is_no_success(run: Run) -> None:
     assert done.stdout == ""
 
 
+HOSTILE = "\x1b]0;pwned\x07\x1b[2J\r\x9b31m\x7f\u202egpj.exe"
+"""A file name that sets the title of a terminal, clears it, paints it, and reads backwards."""
+ESCAPED = r"\x1b]0;pwned\x07\x1b[2J\r\x9b31m\x7f\u202egpj.exe"
+
+
+def test_a_hostile_name_in_an_error_is_escaped_and_its_hint_keeps_its_line(run: Run) -> None:
+    done = run(f"raise errors.DataError('no image: ä/' + {HOSTILE!r}, hint='remove it')")
+    assert done.returncode == 2
+    assert done.stderr == f"error: no image: ä/{ESCAPED}\nhint: remove it\n"
+
+
+def test_a_hostile_name_in_the_log_is_escaped(run: Run) -> None:
+    done = run(f"logging.getLogger('cnnray').info('ä %s\\tx', {HOSTILE!r})\nreturn {{}}")
+    assert done.stderr.endswith(f" I ä {ESCAPED}\tx\n")
+
+
+def test_a_hostile_name_in_a_traceback_is_escaped(run: Run) -> None:
+    done = run(f"raise OSError({HOSTILE!r})")
+    assert done.stderr.endswith(f"OSError: {ESCAPED}\n")
+    assert "\x1b" not in done.stderr
+    assert done.stderr.startswith("Traceback (most recent call last):\n")
+
+
+def test_a_hostile_name_in_the_result_is_escaped_as_json(run: Run) -> None:
+    done = run(f"return {{'name': 'ä/' + {HOSTILE!r}}}")
+    assert json.loads(done.stdout) == {"name": f"ä/{HOSTILE}"}
+    assert done.stdout.rstrip("\n").isprintable()
+
+
 def test_an_interrupted_job_says_so_without_a_traceback(run: Run) -> None:
     done = run("raise KeyboardInterrupt")
     assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
