@@ -48,7 +48,11 @@ Decode = Callable[[bytes], Decoded]
 
 @contextmanager
 def guarded_decoder(
-    *, channels: int, limits: DecodeLimits, seconds: float = DEFAULT_SECONDS
+    *,
+    channels: int,
+    limits: DecodeLimits,
+    min_side: int | None = None,
+    seconds: float = DEFAULT_SECONDS,
 ) -> Iterator[Decode]:
     """``decode_image`` for a batch, in this process; an image that hangs ends the process.
 
@@ -64,7 +68,7 @@ def guarded_decoder(
             # A thread of C: it runs even while a decoder holds the interpreter's lock.
             faulthandler.dump_traceback_later(2 * seconds, exit=True, file=2)
             armed = now
-        return decode_image(data, channels=channels, limits=limits)
+        return decode_image(data, channels=channels, limits=limits, min_side=min_side)
 
     try:
         yield decode
@@ -85,6 +89,7 @@ class IsolatedDecoder:
         *,
         channels: int,
         limits: DecodeLimits,
+        min_side: int | None = None,
         seconds: float = DEFAULT_SECONDS,
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
     ) -> None:
@@ -94,6 +99,7 @@ class IsolatedDecoder:
             raise ValueError(f"memory_bytes must be {MIN_MEMORY_BYTES} or more, got {memory_bytes}")
         self.channels = channels
         self.limits = limits
+        self.min_side = min_side
         self.seconds = seconds
         self.memory_bytes = memory_bytes
         self._child: tuple[subprocess.Popen[bytes], socket.socket] | None = None
@@ -150,11 +156,11 @@ class IsolatedDecoder:
 
     def _receive_reply(self, channel: socket.socket, deadline: float) -> Decoded:
         """The reply to a request; nothing in it is believed that could cost memory."""
-        kind, first, second, third = _receive_header(channel, deadline)
-        if kind == PIXELS and 0 < first * second <= self.limits.max_pixels:
+        kind, first, second, third, height, width = _receive_header(channel, deadline)
+        if kind == PIXELS and 0 < first * second <= height * width <= self.limits.max_pixels:
             pixels = np.empty((first, second, self.channels), np.uint8)
             _receive(channel, pixels.data.cast("B"), deadline)
-            return Decoded(pixels=pixels, is_grey=bool(third))
+            return Decoded(pixels, bool(third), height, width)
         if (
             kind == REFUSAL
             and first < len(IMAGE_ERROR_CODES)
@@ -170,6 +176,7 @@ class IsolatedDecoder:
         ours, theirs = socket.socketpair()
         settings = (
             self.channels,
+            self.min_side or 0,
             self.limits.max_pixels,
             self.limits.max_bytes,
             self.memory_bytes,

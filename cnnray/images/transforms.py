@@ -80,6 +80,14 @@ class Preprocessing:
         return cls(**{**values, **sequences})
 
 
+def min_side(preprocessing: Preprocessing) -> int:
+    """Pixels that the short side of a large image should have before ``fit``, at least.
+
+    Twice what it will have after: a reduction while decoding then costs no sharpness.
+    """
+    return 2 * preprocessing.resize
+
+
 def fit(pixels: np.ndarray, *, preprocessing: Preprocessing) -> np.ndarray:
     """Resize the short side of (H, W, C) uint8 pixels, antialiased, and crop the centre.
 
@@ -125,5 +133,10 @@ class EvalTransform:
 
     def __call__(self, data: bytes) -> np.ndarray:
         """(C, size, size) uint8. Raises ``ImageError``."""
-        decoded = decode_image(data, channels=self.preprocessing.channels, limits=self.limits)
+        decoded = decode_image(
+            data,
+            channels=self.preprocessing.channels,
+            limits=self.limits,
+            min_side=min_side(self.preprocessing),
+        )
         return fit(decoded.pixels, preprocessing=self.preprocessing)

@@ -22,7 +22,7 @@ from cnnray.errors import (
 )
 from cnnray.images.decode import DecodeLimits
 from cnnray.images.isolation import DEFAULT_SECONDS, Decode, IsolatedDecoder, guarded_decoder
-from cnnray.images.transforms import fit
+from cnnray.images.transforms import fit, min_side
 from cnnray.models.bundle import Bundle
 from cnnray.schema import MAX_ERROR_DETAIL, labels_schema
 
@@ -67,6 +67,7 @@ class Labeler:
         self.decoding: dict[str, Any] = {
             "channels": bundle.spec.preprocessing.channels,
             "limits": limits,
+            "min_side": min_side(bundle.spec.preprocessing),
             "seconds": decode_seconds,
         }
         self.isolated = IsolatedDecoder(**self.decoding) if careful else None
@@ -96,13 +97,13 @@ class Labeler:
                 row: dict[str, Any] = {"key": sample.key, "etag": sample.etag, "model": self.digest}
                 rows.append(row)
                 try:
-                    pixels = decode(_require_data(sample.data)).pixels  # (H, W, C)
+                    image = decode(_require_data(sample.data))
                 except ImageError as error:
                     detail = error.detail[:MAX_ERROR_DETAIL]
                     row |= {"status": "error", "error_code": error.code, "error_detail": detail}
                     continue
-                row |= {"status": "ok", "width": pixels.shape[1], "height": pixels.shape[0]}
-                images.append(fit(pixels, preprocessing=self.spec.preprocessing))
+                row |= {"status": "ok", "width": image.width, "height": image.height}
+                images.append(fit(image.pixels, preprocessing=self.spec.preprocessing))
                 labelled.append(row)
         if images:
             self._infer(np.stack(images), labelled)

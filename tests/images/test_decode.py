@@ -581,3 +581,57 @@ def test_threads_decode_alike_and_leave_global_state_alone(valid_files):
     )
     assert warnings.filters == filters
     assert setting is ImageFile.LOAD_TRUNCATED_IMAGES is False
+
+
+# --- the two decoders of JPEG, and reduction
+
+
+def noise(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Blobs of colour: enough detail for every coefficient to matter."""
+    small = np.random.default_rng(seed).integers(0, 256, (height // 4, width // 4, 3), np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"subsampling": 1}], ids=str)
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_has_the_pixels_that_pillow_gives_it(encode, options, progressive, mode):
+    data = encode(noise(203, 301).convert(mode), "JPEG", progressive=progressive, **options)
+    for channels, target in ((3, "RGB"), (1, "L")):
+        found = decode_image(data, channels=channels)
+        expected = np.asarray(Image.open(io.BytesIO(data)).convert(target)).reshape(203, 301, -1)
+        np.testing.assert_array_equal(found.pixels, expected)
+        assert found.is_grey == (mode == "L")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["JPEG", "PNG"])
+def test_every_orientation_turns_as_pillow_turns_it(encode, orientation, name):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(noise(40, 60), name, exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    found = decode_image(data)
+    np.testing.assert_array_equal(found.pixels, expected)
+    assert (found.height, found.width) == expected.shape[:2]
+    assert found.pixels.flags.c_contiguous
+
+
+@pytest.mark.parametrize(("min_side", "factor"), [(401, 1), (400, 1), (200, 2), (100, 4), (9, 8)])
+def test_a_large_jpeg_is_reduced_but_not_below_the_side_that_is_asked_for(encode, min_side, factor):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    found = decode_image(encode(noise(400, 602), "JPEG", exif=exif), min_side=min_side)
+    assert found.pixels.shape == (-(-602 // factor), 400 // factor, 3)
+    assert (found.height, found.width) == (602, 400)
+
+
+def test_a_reduced_jpeg_looks_like_the_whole_one(encode):
+    data = encode(noise(400, 600), "JPEG", quality=95)
+    reduced = decode_image(data, min_side=200).pixels.astype(float)
+    whole = Image.fromarray(decode_image(data).pixels).reduce(2)
+    assert np.abs(reduced - np.asarray(whole)).mean() < 3
+
+
+def test_other_formats_are_not_reduced(encode):
+    assert decode_image(encode(noise(400, 600), "PNG"), min_side=10).pixels.shape == (400, 600, 3)

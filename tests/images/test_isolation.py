@@ -7,7 +7,6 @@ import os
 import resource
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from PIL import Image
 
 from cnnray.errors import CnnrayError, ImageError
 from cnnray.images.decode import DecodeLimits, decode_image
+from cnnray.images.decoder_process import PIXELS, READY, REFUSAL, REPLY
 from cnnray.images.isolation import IsolatedDecoder, guarded_decoder
 
 POISON = Path(__file__).parent / "poison"
@@ -306,11 +306,12 @@ def test_a_child_that_does_not_start_is_no_image_s_fault(
 @pytest.mark.parametrize(
     "reply",
     [
-        struct.pack("<BIII", 1, 2**32 - 1, 2**32 - 1, 0),  # pixels without end
-        struct.pack("<BIII", 1, 0, 5, 0),
-        struct.pack("<BIII", 2, 77, 5, 0),  # no such code
-        struct.pack("<BIII", 2, 0, 2**32 - 1, 0),  # a detail without end
-        b"\xff" * 13,
+        REPLY.pack(PIXELS, 2**32 - 1, 2**32 - 1, 0, 2**32 - 1, 2**32 - 1),  # pixels without end
+        REPLY.pack(PIXELS, 0, 5, 0, 5, 5),
+        REPLY.pack(PIXELS, 5, 5, 0, 2**32 - 1, 5),  # of a file that would have been refused
+        REPLY.pack(REFUSAL, 77, 5, 0, 0, 0),  # no such code
+        REPLY.pack(REFUSAL, 0, 2**32 - 1, 0, 0, 0),  # a detail without end
+        b"\xff" * REPLY.size,
     ],
 )
 def test_a_child_that_was_taken_over_cannot_make_us_take_its_word(
@@ -319,7 +320,7 @@ def test_a_child_that_was_taken_over_cannot_make_us_take_its_word(
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
         "if 'cnnray.images.decoder_process' in sys.orig_argv:\n"
-        f"    os.write(0, {struct.pack('<BIII', 0, 0, 0, 0)!r})\n"
+        f"    os.write(0, {REPLY.pack(READY, 0, 0, 0, 0, 0)!r})\n"
         "    os.read(0, 100_000)\n"
         f"    os.write(0, {reply!r})\n"
         "    os.read(0, 100_000)\n"
