@@ -25,9 +25,9 @@ from cnnray.datasets.sources import Source, copy_rows, open_source
 from cnnray.errors import DataError, IncompleteError, TooManyBadImagesError
 from cnnray.images.decode import DecodeLimits
 from cnnray.labeling.assembler import PartAssembler
-from cnnray.labeling.commit import Run, RunTotals, finish_run, missing_parts
+from cnnray.labeling.commit import Run, RunTotals, finish_run, missing_parts, publish_part
 from cnnray.labeling.labeler import Labeler, Sample
-from cnnray.labeling.parts import PublishedPart, publish_part
+from cnnray.labeling.parts import PublishedPart
 from cnnray.labeling.plan import DATA_FOLDER
 from cnnray.labeling.runs import begin_run, claim_table
 from cnnray.models.bundle import Bundle, load_bundle
@@ -207,9 +207,7 @@ def _label(
                 ):
                     errors += pc.sum(pc.equal(rows["status"], "error")).as_py() or 0
                     for part, whole in assembler.add(rows):
-                        result = publish_part(
-                            run.store, run.part_key(part), whole, run=run.id, part=part
-                        )
+                        result = publish_part(run, part, whole)
                         published |= {part: result} if result else {}
                         parts += 1
                     note = f"{errors:,} errors, {parts} / {run.plan.num_parts} parts"

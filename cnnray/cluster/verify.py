@@ -53,7 +53,7 @@ def verify(settings: VerifySettings) -> dict[str, Any]:
 
 def _abort(store: Store, *, embeddings: bool) -> None:
     for run in read_runs(store, read_log(store)):
-        if run.manifest is None:
+        if run.commit is None:
             totals = seal_run(run, labels_schema(embeddings=embeddings).empty_table())
             logger.info("run %s ended: %d of %d parts sealed", run.id, totals.sealed, totals.parts)
             return

@@ -7,14 +7,13 @@ of digests shows when something was.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cnnray.datasets.sources.base import read_each
 from cnnray.errors import AlreadyExistsError, ConflictError, MissingObjectError, StorageError
-from cnnray.storage import Store, encode_json, sha256
+from cnnray.storage import Store, decode_json, encode_json, sha256
 
 LOG_FOLDER = "_cnnray/log"
 NUMBER_DIGITS = 20
@@ -30,6 +29,26 @@ class LogEntry:
     number: int
     digest: str
     document: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """How a run ended: the digest of its manifest, and sums over it."""
+
+    manifest: str
+    rows: int
+    errors: int
+    sealed: int  # parts
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedRun:
+    """What the log says of a run: its plan by digest, and its end unless it is open."""
+
+    id: str
+    plan: str
+    config: Mapping[str, Any]
+    commit: Commit | None = None
 
 
 def entry_key(number: int) -> str:
@@ -50,7 +69,7 @@ def read_log(store: Store) -> list[LogEntry]:
         if isinstance(data, StorageError):
             raise data
         try:
-            document = json.loads(data)
+            document = decode_json(data)
             previous = document["previous"]
         except (ValueError, KeyError, TypeError):
             raise _broken(store, key, "is not an entry of the log") from None
@@ -58,6 +77,37 @@ def read_log(store: Store) -> list[LogEntry]:
             raise _broken(store, key, "does not follow the entry before it")
         entries.append(LogEntry(number, sha256(data), document))
     return entries
+
+
+def logged_runs(store: Store, entries: Sequence[LogEntry]) -> list[LoggedRun]:
+    """The runs of the log, oldest first; only the last one can be open.
+
+    Raises ``ConflictError`` for an entry that no driver writes there: each run is opened, then
+    committed, then followed by the next.
+    """
+    runs: list[LoggedRun] = []
+    for entry in entries:
+        is_open = bool(runs) and runs[-1].commit is None
+        match entry.document:
+            case {
+                "kind": "open",
+                "run": str(run),
+                "plan": str(plan),
+                "config": dict(config),
+            } if not is_open:
+                runs.append(LoggedRun(run, plan, config))
+            case {
+                "kind": "commit",
+                "run": run,
+                "manifest": str(manifest),
+                "rows": int(rows),
+                "errors": int(errors),
+                "sealed": int(sealed),
+            } if is_open and run == runs[-1].id:
+                runs[-1] = replace(runs[-1], commit=Commit(manifest, rows, errors, sealed))
+            case _:
+                raise _broken(store, entry_key(entry.number), "says what cannot be said there")
+    return runs
 
 
 def append_entry(store: Store, entries: Sequence[LogEntry], document: Mapping[str, Any]) -> bool:

@@ -17,9 +17,15 @@ import pyarrow.parquet as pq
 
 from cnnray.errors import AlreadyExistsError, CnnrayError, ConflictError
 from cnnray.labeling.crash_points import crash_point
-from cnnray.storage import Store, encode_parquet, sha256
+from cnnray.schema import LABELS_SCHEMA
+from cnnray.storage import Store, decode_json, encode_parquet, sha256
 
 FOOTER_KEY = b"cnnray"
+
+CHECKED_SCHEMA = pa.schema([LABELS_SCHEMA.field(name) for name in ("key", "etag", "status")])
+"""What is read of a part to check it."""
+
+NO_PART = "is not a part of a table of labels, or damaged"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +46,7 @@ class PublishedPart:
     digest: str
 
 
-def publish_part(
+def write_part(
     store: Store, key: str, rows: pa.Table, *, run: str, part: int
 ) -> PublishedPart | None:
     """Write a part by one conditional create.
@@ -48,41 +54,44 @@ def publish_part(
     None when the part was there already, whoever wrote it: of two drivers that label the same part
     the first one counts. Raises ``ConflictError`` when something else has its name.
     """
-    ok = pc.sum(pc.equal(rows["status"], "ok")).as_py() or 0
-    footer = PartFooter(run=run, part=part, rows=rows.num_rows, ok=ok)
+    footer = PartFooter(run=run, part=part, rows=rows.num_rows, ok=_count_ok(rows))
     data = _encode(rows, footer)
     crash_point("part.before_create")
     try:
         store.create(key, data)
     except AlreadyExistsError:
-        there = read_part(store, key).footer
-        if (there.run, there.part) != (run, part):
-            raise ConflictError(f"{store.uri}/{key} is not a part of run {run}") from None
+        try:
+            decode_part(store.read(key), run=run, part=part)
+        except ValueError as error:
+            raise ConflictError(f"{store.uri}/{key} {error}") from None
         return None
     crash_point("part.after_create")
     return PublishedPart(footer, sha256(data))
 
 
-def read_part(store: Store, key: str) -> PublishedPart:
-    """A part that somebody has published. Raises ``ConflictError`` when it is none."""
-    data = store.read(key)
-    try:
-        footer = read_footer(data)
-    except ValueError:
-        raise ConflictError(f"{store.uri}/{key} is not a part of a table of labels") from None
-    return PublishedPart(footer, sha256(data))
+def decode_part(data: bytes, *, run: str, part: int) -> tuple[PartFooter, pa.Table]:
+    """The footer of a part, and its rows as far as they are checked (``CHECKED_SCHEMA``).
 
-
-def read_footer(data: bytes) -> PartFooter:
-    """What the bytes of a part say that it is. Raises ``ValueError`` when they are no part."""
+    Raises ``ValueError``, whose text says what else the bytes are.
+    """
     try:
-        metadata = pq.read_metadata(io.BytesIO(data))
-        footer = PartFooter(**json.loads((metadata.metadata or {})[FOOTER_KEY]))
+        file = pq.ParquetFile(io.BytesIO(data))
+        footer = PartFooter(**decode_json((file.metadata.metadata or {})[FOOTER_KEY]))
+        rows = file.read(CHECKED_SCHEMA.names, use_threads=False)
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"no part: {error}") from error
-    if footer.rows != metadata.num_rows:
-        raise ValueError(f"{metadata.num_rows} rows instead of {footer.rows}")
-    return footer
+        raise ValueError(NO_PART) from error
+    if not rows.schema.equals(CHECKED_SCHEMA):
+        raise ValueError(NO_PART)
+    wanted = PartFooter(run=run, part=part, rows=rows.num_rows, ok=_count_ok(rows))
+    if (footer.rows, footer.ok) != (wanted.rows, wanted.ok):
+        raise ValueError(NO_PART)
+    if footer != wanted:
+        raise ValueError(f"is part {footer.part} of run {footer.run}")
+    return wanted, rows
+
+
+def _count_ok(rows: pa.Table) -> int:
+    return int(pc.sum(pc.equal(rows["status"], "ok")).as_py() or 0)
 
 
 def _encode(rows: pa.Table, footer: PartFooter) -> bytes:

@@ -7,19 +7,16 @@ their SHA-256 as the document is by its own. Whoever has the digest of a plan ha
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cnnray.datasets.sources.base import read_each
-from cnnray.errors import ConflictError, StorageError
+from cnnray.errors import ConflictError
 from cnnray.labeling.crash_points import crash_point
 from cnnray.schema import PLAN_SCHEMA, PLAN_VERSION
-from cnnray.storage import Store, encode_json, encode_parquet, sha256
+from cnnray.storage import Store, decode_json, encode_json, encode_parquet, sha256
 
 PLAN_FOLDER = "_cnnray/plans"
 DATA_FOLDER = "data"
@@ -37,6 +34,7 @@ class LabelPlan:
     digest: str
     rows: int
     part_rows: int
+    piece_parts: int  # parts of one piece
     duplicates: int  # inputs left out because their key was listed before
     pieces: Sequence[str]  # digests
 
@@ -58,10 +56,9 @@ class LabelPlan:
 
         Raises ``ConflictError`` when a piece is not what was planned.
         """
-        parts_a_piece = _parts_a_piece(self.part_rows)
         loaded, table = -1, PLAN_SCHEMA.empty_table()
         for part in parts:
-            piece, place = divmod(part, parts_a_piece)
+            piece, place = divmod(part, self.piece_parts)
             if piece != loaded:
                 loaded, table = piece, self._read_piece(piece)
             yield part, table.slice(place * self.part_rows, self.part_rows)
@@ -81,8 +78,9 @@ def write_plan(
 
     The same inputs make the same plan, so a second driver, or a second try, writes nothing new.
     """
+    piece_parts = max(1, PIECE_ROWS // part_rows)
     rows, pieces = 0, []
-    for table in _rechunk(inputs, _parts_a_piece(part_rows) * part_rows):
+    for table in _rechunk(inputs, piece_parts * part_rows):
         data = encode_parquet(table, compression="zstd")
         pieces.append(sha256(data))
         rows += table.num_rows
@@ -91,39 +89,47 @@ def write_plan(
         "version": PLAN_VERSION,
         "rows": rows,
         "part_rows": part_rows,
+        "piece_parts": piece_parts,
         "duplicates": duplicates,
         "pieces": pieces,
     }
     data = encode_json(document)
     crash_point("plan.after_pieces")
     store.create(_plan_key(sha256(data)), data)
-    return _plan(store, sha256(data), document)
+    return _parse_plan(store, sha256(data), data)
 
 
-def read_plans(store: Store, digests: Sequence[str]) -> Iterator[LabelPlan]:
-    """The plans with these digests. Raises ``ConflictError`` when one is not what was written."""
-    keys = [_plan_key(digest) for digest in digests]
-    for key, digest, data in zip(keys, digests, read_each(store.read, keys), strict=True):
-        if isinstance(data, StorageError):
-            raise data
-        if sha256(data) != digest:
-            raise ConflictError(f"{store.uri}/{key} was changed: it is not what was planned")
-        document = json.loads(data)
-        if document["version"] != PLAN_VERSION:
+def read_plan(store: Store, digest: str) -> LabelPlan:
+    """The plan with this digest. Raises ``ConflictError`` when it is not what was written."""
+    key = _plan_key(digest)
+    data = store.read(key)
+    if sha256(data) != digest:
+        raise ConflictError(f"{store.uri}/{key} was changed: it is not what was planned")
+    return _parse_plan(store, digest, data)
+
+
+def _parse_plan(store: Store, digest: str, data: bytes) -> LabelPlan:
+    where = f"{store.uri}/{_plan_key(digest)}"
+    try:
+        document = decode_json(data)
+    except ValueError:
+        document = None
+    match document:
+        case {"version": version} if version != PLAN_VERSION:
             raise ConflictError(
-                f"{store.uri}/{key} has version {document['version']}, not {PLAN_VERSION}",
+                f"{where} has version {version}, not {PLAN_VERSION}",
                 hint="use the cnnray that wrote it",
             )
-        yield _plan(store, digest, document)
-
-
-def _plan(store: Store, digest: str, document: dict[str, Any]) -> LabelPlan:
-    names = ("rows", "part_rows", "duplicates", "pieces")
-    return LabelPlan(store=store, digest=digest, **{name: document[name] for name in names})
-
-
-def _parts_a_piece(part_rows: int) -> int:
-    return max(1, PIECE_ROWS // part_rows)
+        case {
+            "version": _,
+            "rows": int(rows),
+            "part_rows": int(part_rows),
+            "piece_parts": int(piece_parts),
+            "duplicates": int(duplicates),
+            "pieces": list(pieces),
+        }:
+            return LabelPlan(store, digest, rows, part_rows, piece_parts, duplicates, pieces)
+    raise ConflictError(f"{where} is not a plan")
 
 
 def _piece_key(digest: str) -> str:

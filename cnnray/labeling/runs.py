@@ -25,8 +25,15 @@ from cnnray.errors import (
 from cnnray.labeling.commit import Run, labelled_inputs
 from cnnray.labeling.crash_points import crash_point
 from cnnray.labeling.ledger import ChangePolicy, Ledger, join_ledgers, make_ledger, select_new
-from cnnray.labeling.log import MAX_RACES, LogEntry, append_entry, read_log
-from cnnray.labeling.plan import DATA_FOLDER, read_plans, write_plan
+from cnnray.labeling.log import (
+    MAX_RACES,
+    LogEntry,
+    LoggedRun,
+    append_entry,
+    logged_runs,
+    read_log,
+)
+from cnnray.labeling.plan import DATA_FOLDER, read_plan, write_plan
 from cnnray.schema import LABELS_VERSION
 from cnnray.storage import Store, encode_json, read_json
 
@@ -45,7 +52,7 @@ def claim_table(store: Store, identity: Mapping[str, Any]) -> None:
     """
     wanted = {"version": LABELS_VERSION, **identity}
     try:
-        found = read_json(store, TABLE_KEY)
+        found = _read_identity(store)
     except MissingObjectError:
         _refuse_foreign_data(store)
         if not store.refuses_overwrite(PROBE_KEY):
@@ -57,17 +64,27 @@ def claim_table(store: Store, identity: Mapping[str, Any]) -> None:
             store.create(TABLE_KEY, encode_json(wanted))
             return
         except AlreadyExistsError:  # another driver was first
-            found = read_json(store, TABLE_KEY)
+            found = _read_identity(store)
     if found != wanted:
         differences = ", ".join(
-            f"{name} {found.get(name)!r}, here {value!r}"
-            for name, value in wanted.items()
-            if found.get(name) != value
+            f"{name} {found.get(name)!r}, here {wanted.get(name)!r}"
+            for name in wanted | found
+            if found.get(name) != wanted.get(name)
         )
         raise ConflictError(
             f"{store.uri} holds labels of another kind: {differences}",
             hint="choose another --output: a new model is a new table",
         )
+
+
+def _read_identity(store: Store) -> dict[str, Any]:
+    identity = read_json(store, TABLE_KEY)
+    if not isinstance(identity, dict):
+        raise ConflictError(
+            f"{store.uri}/{TABLE_KEY} was changed: it does not say whose table this is",
+            hint="restore the object from a version of the bucket, or choose another --output",
+        )
+    return identity
 
 
 def _refuse_foreign_data(store: Store) -> None:
@@ -82,22 +99,19 @@ def _refuse_foreign_data(store: Store) -> None:
         )
 
 
+def read_run(store: Store, logged: LoggedRun) -> Run:
+    """A run of the log with its plan. Raises what ``read_plan`` does."""
+    plan = read_plan(store, logged.plan)
+    return Run(store=store, id=logged.id, plan=plan, config=logged.config, commit=logged.commit)
+
+
 def read_runs(store: Store, entries: Sequence[LogEntry]) -> list[Run]:
-    """The runs of a log, oldest first; only the last one can be open."""
-    documents = [entry.document for entry in entries]
-    opened = [said for said in documents if said["kind"] == "open"]
-    manifests = {said["run"]: said["manifest"] for said in documents if said["kind"] == "commit"}
-    plans = read_plans(store, [said["plan"] for said in opened])
-    return [
-        Run(
-            store=store,
-            id=said["run"],
-            plan=plan,
-            config=said["config"],
-            manifest=manifests.get(said["run"]),
-        )
-        for said, plan in zip(opened, plans, strict=True)
-    ]
+    """The runs of a log, oldest first; only the last one can be open.
+
+    Raises what ``logged_runs`` and ``read_plan`` do.
+    """
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        return list(pool.map(lambda run: read_run(store, run), logged_runs(store, entries)))
 
 
 def begin_run(
@@ -117,7 +131,7 @@ def begin_run(
     for _ in range(MAX_RACES):
         entries = read_log(store)
         runs = read_runs(store, entries)
-        if runs and runs[-1].manifest is None:
+        if runs and runs[-1].commit is None:
             _require_same_config(runs[-1], config)
             return runs[-1], is_mine
         if is_mine:  # somebody finished it before we came to look
@@ -142,7 +156,7 @@ def begin_run(
 
 def read_ledger(runs: Sequence[Run]) -> Ledger:
     """What the committed runs have labelled."""
-    committed = [run for run in runs if run.manifest is not None]
+    committed = [run for run in runs if run.commit is not None]
     with ThreadPoolExecutor(READ_THREADS) as pool:
         return join_ledgers(pool.map(lambda run: make_ledger(labelled_inputs(run)), committed))
 

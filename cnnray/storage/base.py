@@ -89,6 +89,14 @@ def encode_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+def decode_json(data: bytes) -> Any:
+    """The value of a JSON document. Raises ``ValueError`` for whatever else the bytes are."""
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def encode_parquet(table: pa.Table, *, compression: str = "snappy") -> bytes:
     """A table as the bytes of a Parquet file: the same table gives the same bytes."""
     buffer = io.BytesIO()
@@ -99,8 +107,8 @@ def encode_parquet(table: pa.Table, *, compression: str = "snappy") -> bytes:
 def read_json(store: Store, key: str) -> Any:
     """A JSON document. Raises ``MissingObjectError``, or ``StorageError`` when it is not JSON."""
     try:
-        return json.loads(store.read(key))
-    except (ValueError, RecursionError) as error:
+        return decode_json(store.read(key))
+    except ValueError as error:
         raise StorageError(f"{store.uri}/{shown(key)} is not JSON: {error}") from error
 
 

@@ -20,8 +20,7 @@ from PIL import Image
 from cnnray.datasets.listing import list_in_order
 from cnnray.datasets.sources import Source, open_source
 from cnnray.errors import CnnrayError
-from cnnray.labeling.commit import finish_run, missing_parts
-from cnnray.labeling.parts import publish_part
+from cnnray.labeling.commit import finish_run, missing_parts, publish_part
 from cnnray.labeling.runs import begin_run, claim_table
 from cnnray.schema import LABELS_SCHEMA
 from cnnray.storage import open_store
@@ -67,7 +66,7 @@ def main() -> int:
             time.sleep(options.pause)
             rows = label_colours(planned, source)
             num_read += rows.num_rows
-            result = publish_part(store, run.part_key(part), rows, run=run.id, part=part)
+            result = publish_part(run, part, rows)
             if result is not None:
                 published[part] = result
         finish_run(run, published)

@@ -16,9 +16,9 @@ from PIL import Image
 
 from cnnray.errors import CnnrayError
 from cnnray.images.transforms import Preprocessing
-from cnnray.labeling.commit import Run, finish_run
+from cnnray.labeling.commit import Run, finish_run, publish_part
 from cnnray.labeling.log import read_log
-from cnnray.labeling.parts import PublishedPart, publish_part
+from cnnray.labeling.parts import PublishedPart
 from cnnray.labeling.runs import begin_run, claim_table, read_runs
 from cnnray.models.bundle import Bundle, BundleSpec, load_bundle, save_bundle
 from cnnray.models.classifier import Classifier
@@ -138,8 +138,7 @@ def publish(label_rows: Callable[..., pa.Table]) -> Callable[..., dict[int, Publ
         for part, planned in run.plan.read_parts(
             range(run.plan.num_parts) if parts is None else parts
         ):
-            rows = label_rows(planned, **options)
-            result = publish_part(run.store, run.part_key(part), rows, run=run.id, part=part)
+            result = publish_part(run, part, label_rows(planned, **options))
             published |= {part: result} if result else {}
         return published
 

@@ -25,8 +25,7 @@ import pyarrow.parquet as pq
 
 import cnnray.labeling.plan as plan_module
 from cnnray.errors import AlreadyExistsError, CnnrayError, MissingObjectError, UnavailableError
-from cnnray.labeling.commit import finish_run, missing_parts, seal_run
-from cnnray.labeling.parts import publish_part
+from cnnray.labeling.commit import finish_run, missing_parts, publish_part, seal_run
 from cnnray.labeling.runs import begin_run, claim_table
 from cnnray.schema import LABELS_SCHEMA, PLAN_SCHEMA
 from cnnray.storage import StoredObject, sha256
@@ -166,9 +165,7 @@ def drive(store: DriverStore, *, name: str, seals: float) -> None:
             continue
         published = {}
         for part, planned in run.plan.read_parts(missing_parts(run)):
-            result = publish_part(
-                store, run.part_key(part), label(planned, name), run=run.id, part=part
-            )
+            result = publish_part(run, part, label(planned, name))
             if result is not None:
                 published[part] = result
         finish_run(run, published)

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import cnnray.labeling.plan as plan_module
 from cnnray.errors import ConflictError, IncompleteError
 from cnnray.labeling.commit import (
+    CHECK_THREADS,
     Run,
     RunTotals,
     finish_run,
     labelled_inputs,
+    publish_part,
     published_parts,
     read_manifest,
     read_totals,
     seal_run,
 )
 from cnnray.labeling.log import entry_key, read_log
-from cnnray.labeling.parts import publish_part
+from cnnray.labeling.parts import write_part
 from cnnray.schema import LABELS_SCHEMA, PARTS_SCHEMA
-from cnnray.storage import Store, sha256
+from cnnray.storage import Store, encode_json, sha256
 
 Inputs = Callable[..., pa.Table]
 LabelRows = Callable[..., pa.Table]
@@ -226,40 +232,93 @@ def test_parquet_of_somebody_else_is_refused(
 def test_another_part_of_the_run_is_refused(run: Run, publish: Publish) -> None:
     publish(run)
     run.store.write(run.part_key(1), run.store.read(run.part_key(0)))
-    assert_refused(run, 1, "is not what was planned")
+    assert_refused(run, 1, f"is part 0 of run {run.id}")
 
 
-@pytest.mark.parametrize("keys", ["de", "defg"])
-@pytest.mark.parametrize("name", [None, "another run"])
-def test_a_part_of_another_run_or_with_more_or_fewer_rows_is_refused(
-    run: Run, inputs: Inputs, label_rows: LabelRows, publish: Publish, keys: str, name: str | None
-) -> None:
-    publish(run, [0, 2])
-    rows = label_rows(inputs(*keys))
-    publish_part(run.store, run.part_key(1), rows, run=name or run.id, part=1)
-    assert_refused(run, 1, "is not what was planned")
-
-
-FOOTERS_ONLY = "of the parts of other drivers only the footers are checked"
-
-
-@pytest.mark.xfail(strict=True, reason=FOOTERS_ONLY)
-def test_a_part_of_other_images_is_refused(
+def test_a_part_of_another_run_is_refused(
     run: Run, inputs: Inputs, label_rows: LabelRows, publish: Publish
 ) -> None:
     publish(run, [0, 2])
-    rows = label_rows(inputs("d", "e", "not f"))
-    publish_part(run.store, run.part_key(1), rows, run=run.id, part=1)
-    assert_refused(run, 1, "")
+    write_part(run.store, run.part_key(1), label_rows(inputs(*"def")), run="another", part=1)
+    assert_refused(run, 1, "is part 1 of run another")
 
 
-@pytest.mark.xfail(strict=True, reason=FOOTERS_ONLY)
+@pytest.mark.parametrize(
+    "images", ["de", "defg", ["d", "e", "not f"], "dfe", ["d", "e", ("f", "new")]]
+)
+def test_a_part_of_other_images_is_refused(
+    run: Run, inputs: Inputs, label_rows: LabelRows, publish: Publish, images: Sequence[Any]
+) -> None:
+    publish(run, [0, 2])
+    rows = label_rows(inputs(*images))
+    write_part(run.store, run.part_key(1), rows, run=run.id, part=1)
+    assert_refused(run, 1, "does not hold the images that were planned")
+
+
 def test_a_part_whose_bytes_were_flipped_is_refused(run: Run, publish: Publish) -> None:
     publish(run)
     data = bytearray(run.store.read(run.part_key(1)))
     data[4:60] = bytes(56)  # within the first column
     run.store.write(run.part_key(1), bytes(data))
-    assert_refused(run, 1, "")
+    assert_refused(run, 1, "is not a part of a table of labels, or damaged")
+
+
+@dataclass
+class RecordingStore:
+    """A store, and the keys that were read from it, in order."""
+
+    store: Store
+    reads: list[str] = field(default_factory=list)
+
+    def read(self, key: str) -> bytes:
+        data = self.store.read(key)
+        self.reads.append(key)
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+
+def test_a_plan_of_any_length_is_read_once_and_in_step_with_the_parts(
+    store: Store,
+    inputs: Inputs,
+    begin: Begin,
+    publish: Publish,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plan_module, "PIECE_ROWS", 3)  # a piece is a part
+    run, _ = begin(inputs(*(f"k{n}" for n in range(60))))
+    published = publish(run, [7, 8])
+    publish(run)
+    recording = RecordingStore(store)
+    finish_run(replace(run, store=recording, plan=replace(run.plan, store=recording)), published)
+    parts = [key for key in recording.reads if key.startswith("data/")]
+    pieces = [key for key in recording.reads if key.startswith("_cnnray/plans/")]
+    others = [part for part in range(20) if part not in published]
+    assert sorted(parts) == [run.part_key(part) for part in others]
+    assert pieces == [f"_cnnray/plans/{run.plan.pieces[part]}.parquet" for part in others]
+    held = [1 if key in pieces else -1 for key in recording.reads if key in pieces + parts]
+    assert max(itertools.accumulate(held)) == CHECK_THREADS
+
+
+def test_parts_that_a_driver_has_written_are_not_read_again(
+    store: Store, run: Run, publish: Publish
+) -> None:
+    published = publish(run)
+    recording = RecordingStore(store)
+    finish_run(replace(run, store=recording, plan=replace(run.plan, store=recording)), published)
+    assert [key for key in recording.reads if not key.startswith("_cnnray/log/")] == []
+
+
+# Publishing
+
+
+def test_a_part_with_too_few_rows_is_a_mistake_of_the_driver(
+    run: Run, inputs: Inputs, label_rows: LabelRows
+) -> None:
+    with pytest.raises(AssertionError):
+        publish_part(run, 1, label_rows(inputs(*"de")))
+    assert published_parts(run) == {}
 
 
 # Manifests
@@ -279,44 +338,73 @@ def test_a_manifest_that_was_changed_since_the_commit_is_named(
         read_manifest(last_run())
 
 
-@pytest.mark.xfail(
-    strict=True, raises=pa.ArrowInvalid, reason="a manifest that is there is taken as it is"
-)
 def test_a_manifest_that_is_none_is_refused_before_the_commit(run: Run, publish: Publish) -> None:
     published = publish(run)
     run.store.write(run.manifest_key, b"hello, world")
-    with pytest.raises(ConflictError, match=run.manifest_key):
+    with pytest.raises(ConflictError, match=f"{run.manifest_key} is not a manifest of run"):
         finish_run(run, published)
+    assert kinds(run.store) == ["open"]
 
 
-@pytest.mark.xfail(strict=True, reason="a manifest that is there is taken as it is")
-def test_a_manifest_of_other_parts_is_refused_before_the_commit(run: Run, publish: Publish) -> None:
-    published = publish(run)
-    records = [
-        {"path": run.part_key(n), "part": n, "etag": "", "sha256": ""}
-        | dict.fromkeys(("rows", "ok", "errors", "bytes"), 0)
-        for n in range(3)
-    ]
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(records, PARTS_SCHEMA), buffer)
-    run.store.write(run.manifest_key, buffer.getvalue())
-    with pytest.raises(ConflictError, match=run.manifest_key):
-        finish_run(run, published)
+@pytest.fixture
+def forge(run: Run, publish: Publish, last_run: Callable[[], Run]) -> Callable[..., bytes]:
+    """Write the manifest of a run that is not committed, with changes to what it says of part 1."""
+
+    def make(**changes: Any) -> bytes:
+        finish_run(run, publish(run))
+        records = read_manifest(last_run()).to_pylist()
+        run.store.delete(entry_key(2))
+        records[1] |= changes
+        buffer = io.BytesIO()  # as another version of pyarrow may write it
+        pq.write_table(pa.Table.from_pylist(records, PARTS_SCHEMA), buffer, compression="none")
+        run.store.write(run.manifest_key, buffer.getvalue())
+        return buffer.getvalue()
+
+    return make
 
 
-def test_the_same_parts_in_a_manifest_of_other_bytes_are_committed(
-    run: Run, publish: Publish, last_run: Callable[[], Run]
+@pytest.mark.parametrize(
+    "change",
+    [{"part": 2}, {"rows": 0}, {"ok": 2}, {"errors": 1}, {"bytes": 7}, {"sha256": sha256(b"")}],
+    ids=str,
+)
+def test_a_manifest_of_other_parts_is_refused_before_the_commit(
+    run: Run, forge: Callable[..., bytes], change: dict[str, Any]
 ) -> None:
-    published = publish(run)
-    finish_run(run, published)
-    manifest = read_manifest(last_run())
-    run.store.delete(entry_key(2))
-    buffer = io.BytesIO()  # as another version of pyarrow may have written it
-    pq.write_table(manifest, buffer, compression="none")
+    forge(**change)
+    with pytest.raises(ConflictError, match=f"{run.manifest_key} is not"):
+        finish_run(run, {})
+    assert kinds(run.store) == ["open"]
+
+
+@pytest.mark.parametrize("change", [{}, {"path": "/mnt/labels/part"}, {"etag": "new"}], ids=str)
+def test_the_same_parts_in_a_manifest_of_other_bytes_are_committed(
+    run: Run, forge: Callable[..., bytes], last_run: Callable[[], Run], change: dict[str, Any]
+) -> None:
+    data = forge(**change)
+    assert finish_run(run, {}) == WHOLE
+    assert last_run().commit.manifest == sha256(data)
+    assert change.items() <= read_manifest(last_run()).to_pylist()[1].items()
+
+
+def test_a_manifest_without_a_column_is_refused(run: Run, forge: Callable[..., bytes]) -> None:
+    manifest = pq.read_table(io.BytesIO(forge())).drop_columns(["path"])
+    buffer = io.BytesIO()
+    pq.write_table(manifest, buffer)
     run.store.write(run.manifest_key, buffer.getvalue())
-    assert finish_run(run, published) == WHOLE
-    assert last_run().manifest == sha256(buffer.getvalue())
-    assert read_manifest(last_run()).equals(manifest)
+    with pytest.raises(ConflictError, match=f"{run.manifest_key} is not a manifest of run"):
+        finish_run(run, {})
+
+
+@pytest.mark.parametrize("name", ["rows", "errors", "sealed"])
+def test_a_log_with_other_sums_than_the_manifest_is_refused(
+    store: Store, run: Run, publish: Publish, last_run: Callable[[], Run], name: str
+) -> None:
+    finish_run(run, publish(run))
+    document = json.loads(store.read(entry_key(2)))
+    store.write(entry_key(2), encode_json(document | {name: 800}))
+    with pytest.raises(ConflictError, match=f"{run.manifest_key} has other sums"):
+        read_manifest(last_run())
 
 
 def test_totals_are_sums_over_the_parts() -> None:
