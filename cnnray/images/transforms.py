@@ -83,9 +83,10 @@ class Preprocessing:
 def min_side(preprocessing: Preprocessing) -> int:
     """Pixels that the short side of a large image should have before ``fit``, at least.
 
-    Twice what it will have after: a reduction while decoding then costs no sharpness.
+    Three times what it will have after: of 400 photos of 3000 px, EfficientNet-Lite0 then labels
+    399 as it does without a reduction while decoding (with twice as many, 396).
     """
-    return 2 * preprocessing.resize
+    return 3 * preprocessing.resize
 
 
 def fit(pixels: np.ndarray, *, preprocessing: Preprocessing) -> np.ndarray:
