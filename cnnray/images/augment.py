@@ -18,7 +18,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from cnnray.images.decode import DEFAULT_LIMITS, DecodeLimits, decode_image
-from cnnray.images.transforms import INTERPOLATIONS, Preprocessing, as_tensor, fit
+from cnnray.images.transforms import Preprocessing, as_tensor, fit
 
 CROPS = ("center", "random_resized", "random_pad")
 POLICIES = ("none", "randaugment", "trivialaugment")
@@ -153,7 +153,7 @@ def _crop_steps(preprocessing: Preprocessing, augmentation: Augmentation) -> lis
                 size,
                 scale=(augmentation.scale_min, 1.0),
                 ratio=(1 / augmentation.ratio_max, augmentation.ratio_max),
-                interpolation=INTERPOLATIONS[preprocessing.interpolation],
+                interpolation=v2.InterpolationMode(preprocessing.interpolation),
                 antialias=True,
             )
         ]

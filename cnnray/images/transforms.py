@@ -13,12 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from cnnray.images.decode import DEFAULT_LIMITS, DecodeLimits, decode_image
 
-INTERPOLATIONS = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
+INTERPOLATIONS = ("bilinear", "bicubic")
 
 MAX_SIDE = 8192
 MAX_ASPECT = 8
@@ -92,18 +90,22 @@ def min_side(preprocessing: Preprocessing) -> int:
 def fit(pixels: np.ndarray, *, preprocessing: Preprocessing) -> np.ndarray:
     """Resize the short side of (H, W, C) uint8 pixels, antialiased, and crop the centre.
 
-    Returns (C, size, size) uint8, C-contiguous: torchvision's ``resize`` and ``center_crop``.
-    Pixels whose short side is right are not touched.
+    Returns (C, size, size) uint8, C-contiguous: what torchvision's ``resize`` and ``center_crop``
+    return, without the second that importing torchvision takes every worker. Pixels whose short
+    side is right are not touched.
     """
-    image = np.moveaxis(_middle(pixels), 2, 0)  # (C, H, W)
-    if min(image.shape[1:]) != preprocessing.resize:
-        resized = F.resize(
-            as_tensor(image),
-            [preprocessing.resize],
-            interpolation=INTERPOLATIONS[preprocessing.interpolation],
+    pixels = _middle(pixels)
+    if (short := min(pixels.shape[:2])) != preprocessing.resize:
+        # As a batch of one in channels-last order: any other is packed and unpacked on the way.
+        resized = torch.nn.functional.interpolate(
+            as_tensor(pixels.reshape(1, *pixels.shape)).permute(0, 3, 1, 2),
+            [preprocessing.resize * side // short for side in pixels.shape[:2]],
+            mode=preprocessing.interpolation,
             antialias=True,
         )
-        image = resized.numpy()
+        image = resized[0].numpy()  # (C, H, W)
+    else:
+        image = np.moveaxis(pixels, 2, 0)
     size = preprocessing.size
     top, left = (round((side - size) / 2) for side in image.shape[1:])
     return np.ascontiguousarray(image[:, top : top + size, left : left + size])

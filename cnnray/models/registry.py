@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torchvision
 from torch import nn
 
 from cnnray.errors import ModelError
@@ -148,7 +147,14 @@ def _resolve(name: str) -> tuple[str, str]:
 
 
 def _torchvision_models() -> list[str]:
-    return cast(list[str], torchvision.models.list_models(module=torchvision.models))
+    models = _torchvision().models
+    return cast(list[str], models.list_models(module=models))
+
+
+def _torchvision() -> Any:
+    import torchvision  # a second, which those who need none of its models do not wait
+
+    return torchvision
 
 
 def _timm_models() -> set[str]:
@@ -187,7 +193,7 @@ def _build_torchvision(
         fixed = {"input_size": (image_size, image_size)}
     elif name in HALF_NORMALISED:
         fixed = {"aux_logits": False, "init_weights": True}  # as in their papers
-    model: nn.Module = torchvision.models.get_model(
+    model: nn.Module = _torchvision().models.get_model(
         name, weights=None, num_classes=num_classes, **(fixed | dict(arguments))
     )
     if channels == 1:
@@ -242,7 +248,7 @@ def _num_outputs(module: nn.Module) -> int | None:
 
 
 def _torchvision_input(name: str) -> PretrainedInput:
-    transform = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    transform = _torchvision().models.get_model_weights(name).DEFAULT.transforms()
     half = (0.5, 0.5, 0.5)
     return PretrainedInput(
         size=transform.crop_size[0],
