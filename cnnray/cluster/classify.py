@@ -26,6 +26,7 @@ from cnnray.errors import DataError, IncompleteError, TooManyBadImagesError
 from cnnray.images.decode import DecodeLimits
 from cnnray.labeling.assembler import PartAssembler
 from cnnray.labeling.commit import Run, RunTotals, finish_run, missing_parts, publish_part
+from cnnray.labeling.delta import check_delta, export_runs
 from cnnray.labeling.labeler import Labeler, Sample
 from cnnray.labeling.parts import PublishedPart
 from cnnray.labeling.plan import DATA_FOLDER
@@ -96,6 +97,8 @@ def classify(settings: ClassifySettings) -> dict[str, Any]:
     with stop_on_sigterm(), contextlib.ExitStack() as resources:
         output = open_store(settings.output, single_writer=settings.single_writer)
         model = open_store(settings.model)
+        if settings.delta:
+            check_delta(output)
         bundle = load_bundle(model)  # a wrong bundle is found before anything is started
         source = open_source(
             settings.input, format=settings.format, labelled=False, **settings.columns.options()
@@ -116,6 +119,8 @@ def classify(settings: ClassifySettings) -> dict[str, Any]:
             run, is_mine = begun
             totals = _work_on(run, settings, source, model, is_mine=is_mine, resources=resources)
             finished.append((run, totals))
+        if settings.delta:  # with what drivers that died had committed, and when nothing is new
+            logger.info("%d runs added to the Delta table", export_runs(output))
     return _result(finished, output, settings, seconds=time.perf_counter() - started)
 
 

@@ -151,6 +151,8 @@ class ClassifySettings(JobSettings):
     """images of one forward pass"""
     decode_seconds: PositiveFloat = 30.0
     """time after which an image that is still being decoded is given up (decoder_timeout)"""
+    delta: bool = False
+    """keep a Delta table over the same files, OUTPUT/_delta_log, too (needs the delta extra)"""
     single_writer: bool = False
     """go on with a store that has no conditional writes: you see to it that nobody else writes"""
     scaling: InferenceScalingSettings = InferenceScalingSettings()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,7 @@ import cnnray.cluster.classify as classify_module
 from cnnray.cluster.classify import LabelActor, classify
 from cnnray.cluster.verify import verify
 from cnnray.config import VerifySettings
-from cnnray.errors import DataError, TooManyBadImagesError, UsageError
+from cnnray.errors import DataError, SettingsError, TooManyBadImagesError, UsageError
 
 pytestmark = [
     pytest.mark.ray,
@@ -164,6 +165,37 @@ def test_more_errors_than_the_budget_is_an_error_after_all_rows_are_written(
     assert caught.value.exit_code == 3
     assert caught.value.result["errors"] == len(codes)
     assert labels_of(tmp_path / "labels").num_rows == 210 + len(codes)
+
+
+def test_a_delta_table_catches_up_with_a_driver_that_died_before_the_export(
+    painter, classify_settings, tmp_path, monkeypatch
+):
+    from deltalake import DeltaTable
+
+    def die(output):
+        raise KeyboardInterrupt
+
+    painter.photos(tmp_path / "photos", 2)
+    settings = classify_settings(input=str(tmp_path / "photos"), delta=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(classify_module, "export_runs", die)
+        with pytest.raises(KeyboardInterrupt):
+            classify(settings)
+    assert not (tmp_path / "labels/_delta_log").exists()
+    assert classify(settings)["planned"] == 0  # nothing is new
+    keys = DeltaTable(tmp_path / "labels").to_pyarrow_table()["key"].to_pylist()
+    assert sorted(keys) == sorted(labels_of(tmp_path / "labels")["key"].to_pylist())
+    assert len(set(keys)) == len(keys) == 6
+    assert verify(VerifySettings(output=str(tmp_path / "labels")))["rows"] == 6
+
+
+def test_without_the_package_for_delta_nothing_is_labelled(
+    photos, classify_settings, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "deltalake", None)
+    with pytest.raises(SettingsError, match="--delta needs the package deltalake\nhint: install"):
+        classify(classify_settings(input=str(photos), delta=True))
+    assert not (tmp_path / "labels").exists()
 
 
 def test_nothing_to_label_and_no_model_write_nothing(classify_settings, tmp_path):
