@@ -5,7 +5,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check install lock clean
+.PHONY: demo test check soak install lock clean
 
 demo: install
 	$(BIN)/python jobs/demo.py --output demo
@@ -17,6 +17,10 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The promises of the classify job at full size; two hours on two cores.
+soak: install
+	$(BIN)/python tests/faults/soak.py all
 
 install: $(VENV)/installed
 

@@ -22,7 +22,7 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 POISON = ROOT / "tests/images/poison"
-"""With it on PYTHONPATH, images may harm their decoder, or take their time."""
+"""With this folder on PYTHONPATH, images may harm their decoder, or take their time."""
 
 START_SECONDS = 120
 STOP_SECONDS = 20
@@ -31,12 +31,12 @@ POLL_SECONDS = 0.01
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """A user's environment with the virtual environment, and Ray's settings for tests."""
+    """A user's environment with the virtual environment and the code beside these tests."""
     return {
         "PATH": f"{sysconfig.get_path('scripts')}:/usr/bin:/bin",
         "HOME": os.environ.get("HOME", "/tmp"),
         "LANG": "C.UTF-8",
-        "PYTHONPATH": str(POISON),
+        "PYTHONPATH": f"{POISON}:{ROOT}",
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
@@ -82,6 +82,8 @@ class Job:
         self.folder = Path(tempfile.mkdtemp(prefix="job-", dir=folder))
         command = [sys.executable, "jobs/classify.py", *flags]
         with (self.folder / "out").open("wb") as out, (self.folder / "log").open("wb") as log:
+            self.started = time.monotonic()
+            self.ended = 0.0
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=variables, stdout=out, stderr=log, start_new_session=True
             )
@@ -100,6 +102,11 @@ class Job:
     @property
     def is_running(self) -> bool:
         return self.process.poll() is None
+
+    @property
+    def seconds(self) -> float:
+        """Since its start, or from its start until it was seen to have ended."""
+        return (self.ended or time.monotonic()) - self.started
 
     @property
     def log(self) -> str:
@@ -123,10 +130,26 @@ class Job:
 
     def wait(self, seconds: float = JOB_SECONDS) -> int:
         """Its exit code. Raises ``TimeoutError`` with its log when it takes longer."""
+        if not self.wait_at_most(seconds):
+            raise TimeoutError(f"no end after {seconds:.0f} s:\n{self.log}")
+        return self.process.returncode
+
+    def wait_at_most(self, seconds: float) -> bool:
+        """Whether it has ended within this time."""
         try:
-            return self.process.wait(seconds)
+            self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise TimeoutError(f"no end after {seconds:.0f} s:\n{self.log}") from None
+            return False
+        self.ended = self.ended or time.monotonic()
+        return True
+
+    def kill_after(self, seconds: float) -> bool:
+        """Kill it so many seconds after its start; False when it has ended before."""
+        if self.wait_at_most(max(0.0, seconds - self.seconds)):
+            return False
+        self.process.kill()
+        self.wait()
+        return True
 
     def wait_for_parts(self, table: Path, count: int) -> None:
         """Until so many parts are in a table on disk. ``AssertionError`` when it ends before."""
