@@ -63,6 +63,9 @@ class Pace:
     first_part: float
     end: float
 
+    def scaled(self, factor: float) -> Pace:
+        return Pace(factor * self.first_write, factor * self.first_part, factor * self.end)
+
 
 class Soak:
     """A folder with images and a model, a Ray head, and dice."""
@@ -77,6 +80,7 @@ class Soak:
         self.bundle = write_bundle(folder / "bundle")
         self.variables = environment()
         self.tables = 0
+        self.pace = self.measure()
 
     def say(self, text: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {self.name}: {text}", flush=True)
@@ -110,17 +114,22 @@ class Soak:
         )
         return Pace(first_write, first_part, job.seconds)
 
-    def kill(self, job: Job, table: Path, pace: Pace) -> bool:
+    def kill(self, job: Job, table: Path) -> bool:
         """Kill a driver at a moment between its first write and its end; False when it has ended.
 
         Most of that time is the workers' start. So half of the kills strike before the first part
         of this driver's, at any moment, and half after it.
         """
+        pace, before = self.pace, len(parts_of(table))
         if self.dice.random() < 0.5:
-            return job.kill_after(self.dice.uniform(pace.first_write, pace.first_part))
-        before = len(parts_of(table))
-        wait_until(lambda: len(parts_of(table)) > before or not job.is_running, "a new part")
-        return job.kill_after(job.seconds + self.dice.uniform(0, pace.end - pace.first_part))
+            is_killed = job.kill_after(self.dice.uniform(pace.first_write, pace.first_part))
+        else:
+            wait_until(lambda: len(parts_of(table)) > before or not job.is_running, "a new part")
+            moment = job.seconds + self.dice.uniform(0, pace.end - pace.first_part)
+            is_killed = job.kill_after(moment)
+        if not is_killed and not before:  # all the work: the machine is not as busy as it was
+            self.pace = pace.scaled(job.seconds / pace.end)
+        return is_killed
 
     def require(self, holds: object, what: str) -> None:
         if not holds:
@@ -158,14 +167,13 @@ class Soak:
 
 def prove_kills(soak: Soak, count: int) -> str:
     """Drivers are killed at any moment from their first write on, table after table."""
-    pace = soak.measure()
     killed, tables, states = 0, 0, Counter[str]()
     while killed < count:
         table, runs, is_killed = soak.new_table(), 0, True
         witness = Witness(table)
         while is_killed:
             with soak.start(table) as job:
-                is_killed = killed < count and soak.kill(job, table, pace)
+                is_killed = killed < count and soak.kill(job, table)
                 if not is_killed:
                     soak.require_success(job)
             runs += 1
@@ -199,13 +207,12 @@ def state_of(table: Path, rows: int) -> str:
 
 def prove_workers(soak: Soak, count: int) -> str:
     """Workers are killed at any moment of their lives: half while they start, half at work."""
-    pace = soak.measure()
     killed, runs = 0, 0
     while killed < count:
         table = soak.new_table()
         with soak.start(table) as job:
             for _ in range(min(KILLS_A_RUN, count - killed)):
-                if not kill_a_worker(soak, job, table, pace):
+                if not kill_a_worker(soak, job, table):
                     break
                 killed += 1
                 soak.say(f"kill {killed} of {count}, {len(parts_of(table))} parts were there")
@@ -216,9 +223,9 @@ def prove_workers(soak: Soak, count: int) -> str:
     return f"{killed} workers killed in {runs} runs, all tables whole"
 
 
-def kill_a_worker(soak: Soak, job: Job, table: Path, pace: Pace) -> bool:
+def kill_a_worker(soak: Soak, job: Job, table: Path) -> bool:
     """Kill one, unless the job is faster than the dice."""
-    before, is_early = len(parts_of(table)), soak.dice.random() < 0.5
+    pace, before, is_early = soak.pace, len(parts_of(table)), soak.dice.random() < 0.5
     wait_until(
         lambda: (
             not job.is_running
@@ -239,10 +246,9 @@ def kill_a_worker(soak: Soak, job: Job, table: Path, pace: Pace) -> bool:
 
 def prove_pairs(soak: Soak, count: int) -> str:
     """Two drivers label the same images at once; the second starts at any moment of the first."""
-    pace = soak.measure()
     planned = Counter[int]()
     for number in range(1, count + 1):
-        table, offset = soak.new_table(), soak.dice.uniform(0, pace.end)
+        table, offset = soak.new_table(), soak.dice.uniform(0, soak.pace.end)
         workers = f"--scaling.num_workers={soak.dice.choice((1, 2))}"
         with soak.start(table, workers) as first:
             first.wait_at_most(offset)
@@ -260,7 +266,6 @@ def prove_pairs(soak: Soak, count: int) -> str:
 
 def prove_nights(soak: Soak, count: int) -> str:
     """After the first night, images come, change and go between runs, which are killed, too."""
-    pace = soak.measure()
     table = soak.new_table()
     witness, rows, idle_seconds = Witness(table), [*soak.answers.items()], 0.0
     for night in range(count + 1):
@@ -268,7 +273,7 @@ def prove_nights(soak: Soak, count: int) -> str:
         started, killed, is_killed = time.monotonic(), 0, True
         while is_killed:
             with soak.start(table) as job:
-                is_killed = killed < KILLS_A_NIGHT and soak.kill(job, table, pace)
+                is_killed = killed < KILLS_A_NIGHT and soak.kill(job, table)
                 if not is_killed:
                     soak.require_success(job)
             killed += is_killed
