@@ -22,6 +22,13 @@ check: install
 soak: install
 	$(BIN)/python tests/faults/soak.py all
 
+# The short forms of all benchmarks; benchmarks/README.md has the full ones.
+BENCHMARKS := classify_pipeline agreement classify_compute classify_gpu train_tutorial train_photos growth
+
+bench: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name --short || exit; done
+
 install: $(VENV)/installed
 
 # torch comes first and from pip's own settings: it is by far the largest download, and a machine
@@ -36,7 +43,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 # After a change of the dependencies: choose the newest versions that fit, and write them down.
 lock: install
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/python -m uv pip compile --quiet --upgrade --python-version 3.11 --extra dev \
+	$(BIN)/python -m uv pip compile --quiet --upgrade --python-version 3.11 --extra dev --extra bench \
 	  --no-header --no-annotate pyproject.toml --output-file constraints.txt
 
 clean:

@@ -1,0 +1,1 @@
+"""What cnnray is measured against, side by side: see README.md in this folder."""
