@@ -1,20 +1,23 @@
 """Ray Data for training: units of the planned order are read, decoded and augmented by tasks.
 
 Each worker streams the units of its own lanes, in order. (Ray Data's own splitter would deal blocks
-by arrival; see ARCHITECTURE.md, decisions.)
+by arrival; see ARCHITECTURE.md, decisions.) A split that is small and the same in every epoch is
+decoded once instead, into Ray's object store, where the workers of a node share it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
+import ray
 import ray.data
 from ray.data import DataContext
 
+from cnnray.cluster.tasks import submit_tasks
 from cnnray.datasets.manifest import Split
 from cnnray.datasets.order import Batch, RowGroup, Unit, permutation, row_groups_of
 from cnnray.datasets.shards import read_row_group
@@ -27,10 +30,11 @@ UNIT_BYTES = 16 * 1024 * 1024
 UNIT_ROWS = 512
 """Rows of one unit, at most: the first batch needs one unit of every lane."""
 UNITS_PER_EXECUTION = 4000
-KEPT_BYTES = 256 * 1024 * 1024
-"""Decoded bytes of a validation split that a worker keeps instead of reading it every epoch."""
+GET_SECONDS = 300.0
+"""For a decoded row group to come from another node."""
 
 Decode = Callable[..., "np.ndarray[Any, Any]"]  # (data, epoch=, key=) -> (C, H, W) uint8
+Order = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def set_up_data_context(*, stall_seconds: float, preserve_order: bool) -> None:
@@ -46,63 +50,34 @@ def set_up_data_context(*, stall_seconds: float, preserve_order: bool) -> None:
 
 
 @dataclass(frozen=True)
-class UnitReader:
-    """Ray Data's map function: the number of a unit → its samples, decoded."""
-
-    store: Store
-    paths: tuple[str, ...]  # of the shards
-    units: tuple[tuple[int, Unit], ...]  # with the epoch that each one is for
-    decode: Decode
-    seed: int
-    shuffle: bool
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        [number] = batch["id"]
-        epoch, unit = self.units[int(number)]
-        table = read_row_group(
-            self.store,
-            self.paths[unit.row_group.shard],
-            unit.row_group.index,
-            columns=("key", "image", "label"),
-        ).slice(unit.start, unit.num_rows)
-        if self.shuffle:
-            table = table.take(permutation(unit, seed=self.seed, epoch=epoch))
-        keys = table["key"].to_pylist()
-        images = [
-            self._decode(data.as_py(), epoch=epoch, key=key)
-            for data, key in zip(table["image"], keys, strict=True)
-        ]
-        return {
-            "image": np.stack(images),
-            "label": table["label"].to_numpy().astype(np.int64),
-            "key": np.array(keys, dtype=object),
-            "lane": np.full(len(keys), unit.lane, dtype=np.int32),
-        }
-
-    def _decode(self, data: bytes, *, epoch: int, key: str) -> np.ndarray[Any, Any]:
-        try:
-            return self.decode(data, epoch=epoch, key=key)
-        except ImageError as error:
-            raise DataError(
-                f"{key!r} of {self.store.uri} cannot be decoded any more: {error}",
-                hint="pack the dataset again",
-            ) from error
-
-
-@dataclass(frozen=True)
 class SplitReader:
     """Reads one split of a dataset on behalf of a worker."""
 
     store: Store
     split: Split
     decode: Decode
+    is_fixed: bool  # whether decode gives the same in every epoch
     unit_rows: int
     seed: int
+    decoded: Mapping[RowGroup, Any] | None = None  # references of batches, once it is decoded
 
     @property
     def row_groups(self) -> list[RowGroup]:
         """The row groups of the split."""
         return row_groups_of([shard.row_groups for shard in self.split.files])
+
+    def decode_once(self, *, stall_seconds: float) -> SplitReader:
+        """The same reader with its split decoded, if that ``is_fixed``.
+
+        Raises ``CnnrayError`` when nothing moves; reading raises what decoding has met.
+        """
+        assert self.is_fixed
+        decoded = submit_tasks(
+            lambda group: self.read(Unit(0, group, 0, group.num_rows), epoch=0),
+            self.row_groups,
+            stall_seconds=stall_seconds,
+        )
+        return replace(self, decoded=dict(decoded))
 
     def stream_epochs(
         self, epochs: range, units_of: Callable[[int], Sequence[Unit]]
@@ -130,46 +105,80 @@ class SplitReader:
         for _, batch in self._stream(own, shuffle=False):
             yield batch
 
+    def read(self, unit: Unit, *, epoch: int, order: Order | None = None) -> Batch:
+        """Read and decode the samples of a unit here, in an order of offsets from its start."""
+        table = read_row_group(
+            self.store,
+            self.split.files[unit.row_group.shard].path,
+            unit.row_group.index,
+            columns=("key", "image", "label"),
+        ).slice(unit.start, unit.num_rows)
+        if order is not None:
+            table = table.take(order)
+        keys = table["key"].to_pylist()
+        images = [
+            self._decode(data.as_py(), epoch=epoch, key=key)
+            for data, key in zip(table["image"], keys, strict=True)
+        ]
+        return Batch(
+            image=np.stack(images),
+            label=table["label"].to_numpy().astype(np.int64),
+            key=np.array(keys, dtype=object),
+        )
+
+    def _decode(self, data: bytes, *, epoch: int, key: str) -> np.ndarray[Any, Any]:
+        try:
+            return self.decode(data, epoch=epoch, key=key)
+        except ImageError as error:
+            raise DataError(
+                f"{key!r} of {self.store.uri} cannot be decoded any more: {error}",
+                hint="pack the dataset again",
+            ) from error
+
+    def _order(self, unit: Unit, *, epoch: int, shuffle: bool) -> Order | None:
+        return permutation(unit, seed=self.seed, epoch=epoch) if shuffle else None
+
     def _stream(
         self, units: Sequence[tuple[int, Unit]], *, shuffle: bool
     ) -> Iterator[tuple[int, Batch]]:
-        if not units:
-            return
-        reader = UnitReader(
-            store=self.store,
-            paths=tuple(shard.path for shard in self.split.files),
-            units=tuple(units),
-            decode=self.decode,
-            seed=self.seed,
-            shuffle=shuffle,
-        )
+        if self.decoded is not None:
+            yield from self._recall(units, shuffle=shuffle)
+        elif units:
+            yield from self._read_ahead(units, shuffle=shuffle)
+
+    def _recall(
+        self, units: Sequence[tuple[int, Unit]], *, shuffle: bool
+    ) -> Iterator[tuple[int, Batch]]:
+        """Units of a split that is decoded."""
+        assert self.decoded is not None
+        for epoch, unit in units:
+            group = ray.get(self.decoded[unit.row_group], timeout=GET_SECONDS)
+            rows: Any = slice(unit.start, unit.stop)
+            if (order := self._order(unit, epoch=epoch, shuffle=shuffle)) is not None:
+                rows = unit.start + order
+            yield (
+                unit.lane,
+                Batch(
+                    image=group["image"][rows], label=group["label"][rows], key=group["key"][rows]
+                ),
+            )
+
+    def _read_ahead(
+        self, units: Sequence[tuple[int, Unit]], *, shuffle: bool
+    ) -> Iterator[tuple[int, Batch]]:
+        """Units that Ray Data's tasks read and decode."""
+
+        def read(row: dict[str, Any]) -> dict[str, Any]:
+            epoch, unit = units[int(row["id"][0])]
+            order = self._order(unit, epoch=epoch, shuffle=shuffle)
+            batch = self.read(unit, epoch=epoch, order=order)
+            return {**batch, "lane": np.full(unit.num_rows, unit.lane, dtype=np.int32)}
+
         dataset = ray.data.range(len(units), override_num_blocks=len(units)).map_batches(
-            reader, batch_size=None
+            read, batch_size=None
         )
         blocks = dataset.iter_batches(
             batch_size=None, batch_format="numpy", prefetch_batches=PREFETCH_BLOCKS
         )
         for block in blocks:
             yield int(block["lane"][0]), cast(Batch, block)
-
-
-class KeptBatches:
-    """The batches of a split that is passed over again and again: kept where they are small."""
-
-    def __init__(self, read: Callable[[], Iterator[Batch]]) -> None:
-        self.read = read
-        self.kept: list[Batch] | None = None
-
-    def __iter__(self) -> Iterator[Batch]:
-        if self.kept is not None:
-            yield from self.kept
-            return
-        batches: list[Batch] = []
-        num_bytes = 0
-        for batch in self.read():
-            num_bytes += batch["image"].nbytes
-            if num_bytes <= KEPT_BYTES:
-                batches.append(batch)
-            yield batch
-        if num_bytes <= KEPT_BYTES:
-            self.kept = batches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -27,32 +28,41 @@ def run_tasks(
     killing its worker, and when nothing has finished for ``stall_seconds``.
     """
 
-    def call(item: Item) -> Result:
+    for item, reference in submit_tasks(function, items, stall_seconds=stall_seconds):
+        yield item, _result(reference)
+
+
+def submit_tasks(
+    function: Callable[[Item], Any], items: Iterable[Item], *, stall_seconds: float
+) -> Iterator[tuple[Item, Any]]:
+    """Each item with the reference of its result, which stays where it was made.
+
+    In the order in which they are done. Getting a result raises the error of its task. Raises
+    ``CnnrayError`` when nothing has finished for ``stall_seconds``.
+    """
+
+    def call(item: Item) -> Any:
         return function(item)
 
     remote = ray.remote(max_retries=MAX_RETRIES, num_cpus=1)(call)
     limit = max(2, int(IN_FLIGHT_PER_CPU * ray.cluster_resources().get("CPU", 1)))
     running: dict[Any, Item] = {}
     source = iter(items)
-    exhausted = False
     try:
         while True:
-            while not exhausted and len(running) < limit:
-                try:
-                    item = next(source)
-                except StopIteration:
-                    exhausted = True
-                    break
+            for item in itertools.islice(source, limit - len(running)):
                 running[remote.remote(item)] = item
             if not running:
                 return
-            done, _ = ray.wait(list(running), num_returns=1, timeout=stall_seconds)
+            done, _ = ray.wait(
+                list(running), num_returns=1, timeout=stall_seconds, fetch_local=False
+            )
             if not done:
                 raise CnnrayError(
                     f"no task has finished for {stall_seconds:.0f} s",
                     hint="look at the cluster, or raise --cluster.stall_seconds",
                 )
-            yield running.pop(done[0]), _result(done[0])
+            yield running.pop(done[0]), done[0]
     finally:
         for reference in running:
             ray.cancel(reference, force=False)

@@ -56,6 +56,7 @@ RESUMABLE = {
     "output",  # where the run is found
     "epochs",
     "cluster",
+    "ingest",
     "scaling",
     "checkpoint",
     "overwrite",
@@ -80,11 +81,12 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     with ray_cluster(settings.cluster):
         resources = plan_workers(settings.scaling)
         _warn_of_local_paths(settings)
+        readers = _decode_what_fits(_readers(data, manifest, settings, network), settings, network)
         job = TrainJob(
             settings=settings,
             network=network,
-            train=_reader(data, manifest, "train", settings, network),
-            val=_val_reader(data, manifest, settings, network),
+            train=readers["train"],
+            val=readers.get("val"),
             run=run,
             order_log=None if settings.order_log is None else open_store(settings.order_log),
             threads=resources.threads,
@@ -179,36 +181,56 @@ def _warn_of_local_paths(settings: TrainSettings) -> None:
         )
 
 
-def _reader(
-    data: Store, manifest: Manifest, split: str, settings: TrainSettings, network: Network
-) -> SplitReader:
-    preprocessing = network.preprocessing
-    # With augmentation off, the training transform is the evaluation transform, pixel for pixel.
-    augmentation = (
-        Augmentation(**settings.augment.model_dump()) if split == "train" else Augmentation()
-    )
-    image_bytes = preprocessing.channels * preprocessing.size**2
-    return SplitReader(
-        store=data,
-        split=get_split(manifest, split, uri=settings.data),
-        decode=TrainTransform(
-            preprocessing,
-            augmentation,
-            seed=settings.seed,
-            limits=DecodeLimits(**settings.limits.model_dump()),
-        ),
-        unit_rows=max(1, min(UNIT_ROWS, UNIT_BYTES // image_bytes)),
-        seed=settings.seed,
-    )
-
-
-def _val_reader(
+def _readers(
     data: Store, manifest: Manifest, settings: TrainSettings, network: Network
-) -> SplitReader | None:
+) -> dict[str, SplitReader]:
+    """Of the splits that there are: validation, if any, and training."""
+    preprocessing = network.preprocessing
+    augmentations = {"val": Augmentation(), "train": Augmentation(**settings.augment.model_dump())}
     if manifest.splits["val"].num_samples == 0:
         logger.warning("no validation split: the best epoch is chosen by its training loss")
-        return None
-    return _reader(data, manifest, "val", settings, network)
+        del augmentations["val"]
+    return {
+        split: SplitReader(
+            store=data,
+            split=get_split(manifest, split, uri=settings.data),
+            decode=TrainTransform(
+                preprocessing,
+                augmentation,
+                seed=settings.seed,
+                limits=DecodeLimits(**settings.limits.model_dump()),
+            ),
+            is_fixed=augmentation.is_identity,
+            unit_rows=max(1, min(UNIT_ROWS, UNIT_BYTES // _image_bytes(network))),
+            seed=settings.seed,
+        )
+        for split, augmentation in augmentations.items()
+    }
+
+
+def _decode_what_fits(
+    readers: dict[str, SplitReader], settings: TrainSettings, network: Network
+) -> dict[str, SplitReader]:
+    """The same readers; splits that are small, and the same in every epoch, have been decoded.
+
+    They take half of a node's object store at most, for Ray Data needs some of it, too.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = min(node.get("object_store_memory", 0.0) for node in nodes) / 2
+    room = min(room, settings.ingest.decoded_bytes)
+    ready = dict(readers)
+    for name, reader in readers.items():
+        num_bytes = reader.split.num_samples * _image_bytes(network)
+        if reader.is_fixed and num_bytes <= room:
+            room -= num_bytes
+            ready[name] = reader.decode_once(stall_seconds=settings.cluster.stall_seconds)
+            logger.info("%s split: decoded once, %.0f MB", name, num_bytes / 1e6)
+    return ready
+
+
+def _image_bytes(network: Network) -> int:
+    """Of one decoded image."""
+    return network.preprocessing.channels * network.preprocessing.size**2
 
 
 def _fit(job: TrainJob, resources: WorkerResources) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 
 from cnnray.cluster.board import BoardHandler
-from cnnray.cluster.ingest import KeptBatches, SplitReader, set_up_data_context
+from cnnray.cluster.ingest import SplitReader, set_up_data_context
 from cnnray.cluster.runtime import find_cause
 from cnnray.config import TrainSettings
 from cnnray.datasets.order import EpochOrder, assemble, lanes_of, plan_epoch
@@ -136,7 +136,6 @@ def _epoch_feeder(
         lambda epoch: _order(job, epoch=epoch).units_of(lanes),
     )
     val = job.val
-    validation = () if val is None else KeptBatches(lambda: val.share(rank, num_workers))
 
     def feed(epoch: int) -> EpochData:
         order = _order(job, epoch=epoch)
@@ -148,7 +147,7 @@ def _epoch_feeder(
         return EpochData(
             batches=batches,
             global_batch_sizes=order.batch_sizes,
-            validation=validation,
+            validation=() if val is None else val.share(rank, num_workers),
         )
 
     return feed

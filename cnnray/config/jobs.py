@@ -15,6 +15,7 @@ from cnnray.config.sections import (
     ColumnSettings,
     ImageSettings,
     InferenceScalingSettings,
+    IngestSettings,
     LimitSettings,
     LossSettings,
     ModelSettings,
@@ -94,6 +95,7 @@ class TrainSettings(JobSettings):
     model: ModelSettings = ModelSettings()
     image: ImageSettings = ImageSettings()
     augment: AugmentSettings = AugmentSettings()
+    ingest: IngestSettings = IngestSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     loss: LossSettings = LossSettings()

@@ -178,6 +178,13 @@ class AugmentSettings(Section):
     """probability that a random rectangle is blanked"""
 
 
+class IngestSettings(Section):
+    """How images reach the workers of training."""
+
+    decoded_bytes: Annotated[int, Field(ge=0)] = 1024**3
+    """decoded images kept in a node's memory instead of read every epoch, at most (0: none)"""
+
+
 class OptimizerSettings(Section):
     """The optimizer."""
 

@@ -18,7 +18,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from cnnray.images.decode import DEFAULT_LIMITS, DecodeLimits, decode_image
-from cnnray.images.transforms import Preprocessing, as_tensor, fit
+from cnnray.images.transforms import Preprocessing, as_tensor, fit, min_side
 
 CROPS = ("center", "random_resized", "random_pad")
 POLICIES = ("none", "randaugment", "trivialaugment")
@@ -109,7 +109,13 @@ class TrainTransform:
 
     def __call__(self, data: bytes, *, epoch: int, key: str) -> np.ndarray:
         """(C, size, size) uint8, a pure function of the arguments. Raises ``ImageError``."""
-        decoded = decode_image(data, channels=self.preprocessing.channels, limits=self.limits)
+        is_window = self.augmentation.crop == "random_resized"
+        decoded = decode_image(
+            data,
+            channels=self.preprocessing.channels,
+            limits=self.limits,
+            min_side=None if is_window else min_side(self.preprocessing),
+        )
         return self.augment(decoded.pixels, epoch=epoch, key=key)
 
     def augment(self, pixels: np.ndarray, *, epoch: int, key: str) -> np.ndarray:

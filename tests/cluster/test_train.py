@@ -58,6 +58,14 @@ def test_the_order_log_has_every_key_once_an_epoch_and_another_order_in_the_next
     assert epochs[0] != epochs[1] != epochs[2]
 
 
+def test_a_split_that_is_decoded_once_trains_as_one_that_is_read_every_epoch(run_training, trained):
+    streamed = run_training(ingest={"decoded_bytes": 0})
+    assert losses(streamed.history) == losses(trained.history)
+    assert [streamed.batches(epoch) for epoch in range(3)] == [
+        trained.batches(epoch) for epoch in range(3)
+    ]
+
+
 def test_a_finished_run_is_not_overwritten_unasked(run_training, trained):
     before = (trained.folder / "model.json").read_bytes()
     with pytest.raises(UsageError, match="holds a bundle already"):
