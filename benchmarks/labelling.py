@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 from benchmarks.bundles import write_network
 from benchmarks.collection import count_rows, find_photos, repeat_files, write_table
 from benchmarks.harness import Column, Contestant, ContestantFailed, Figures, note
@@ -52,6 +54,11 @@ class Setting:
     def deadline(self) -> float:
         """Seconds that a run may take."""
         return START_SECONDS + self.images / MIN_RATE
+
+    def urls(self) -> list[str]:
+        """The images, in the order of the table."""
+        urls: list[str] = pq.read_table(self.table)["url"].to_pylist()
+        return urls
 
     def new_folder(self) -> Path:
         """A folder for one run; its path does not exist yet."""

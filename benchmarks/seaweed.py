@@ -25,7 +25,11 @@ BUCKET = "benchmark"
 START_SECONDS = 60
 STOP_SECONDS = 15
 PUT_THREADS = 16
-REQUESTS = re.compile(r'^SeaweedFS_s3_request_total\{.*?type="(\w+)".*?\} (\S+)', re.MULTILINE)
+_COUNTS = re.compile(
+    r"^SeaweedFS_s3_(?:request_total|bucket_traffic_(?P<way>sent|received)_bytes_total)"
+    rf'\{{bucket="{BUCKET}"(?:,code="\d+",type="(?P<kind>\w+)")?\}} (?P<count>\S+)',
+    re.MULTILINE,
+)
 
 
 @dataclass(frozen=True)
@@ -75,15 +79,17 @@ class Server:
         with ThreadPoolExecutor(PUT_THREADS) as threads:
             return list(threads.map(put, files))
 
-    def requests(self) -> Counter[str]:
-        """Requests since the start, by kind (GET, PUT, LIST, ...), as the server counts them."""
-        with urllib.request.urlopen(
-            f"http://127.0.0.1:{self.port + 5}/metrics", timeout=10
-        ) as reply:
+    def traffic(self) -> Counter[str]:
+        """What the server has counted: requests by kind, bytes ``sent`` and ``received``.
+
+        HEAD counts as GET, as it does in a bill.
+        """
+        url = f"http://127.0.0.1:{self.port + 5}/metrics"
+        with urllib.request.urlopen(url, timeout=10) as reply:
             text = reply.read().decode()
         counts: Counter[str] = Counter()
-        for kind, count in REQUESTS.findall(text):
-            counts[kind] += int(float(count))
+        for match in _COUNTS.finditer(text):
+            counts[match["kind"] or match["way"]] += int(float(match["count"]))
         return counts
 
 
