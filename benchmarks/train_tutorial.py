@@ -52,10 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_part(source, images, split="train", images=options.images)
             write_part(source, images, split="t10k", images=options.images)
         dataset = pack(images, scratch, VALIDATION)
-        contestants, skipped = _enter(options, dataset, images)
+        keras = _keras_version(options.keras_python)
+        contestants, skipped = _enter(options, dataset, images, keras=keras)
         results = race(select(contestants, options.only), repeats=options.repeats)
     settings = {"images": dataset.num_train, "epochs": options.epochs}
     settings |= {"epochs of loops": options.loop_epochs, "rounds": options.repeats}
+    settings |= {} if keras is None else {"peer": keras}
     report = Report(
         benchmark="train, the tutorial's program (B3)",
         results=results,
@@ -83,7 +85,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _enter(
-    options: argparse.Namespace, dataset: Dataset, images: Path
+    options: argparse.Namespace, dataset: Dataset, images: Path, *, keras: str | None
 ) -> tuple[list[Contestant], Mapping[str, str]]:
     gpu = ["--scaling.use_gpu"] if options.device == "cuda" else []
     contestants, skipped = [], {}
@@ -103,7 +105,7 @@ def _enter(
             loop_flags += [f"--threads={num_cores()}", f"--device={options.device}"]
             name = f"{name}, batch {batch}"
             contestants.append(training_peer(name, "tutorial_loop", *loop_flags))
-        if is_tutorial and _has_keras(options.keras_python):
+        if is_tutorial and keras is not None:
             name, keras_flags = f"keras, batch {batch}", [*flags, f"--epochs={options.epochs}"]
             contestants.append(
                 training_peer(name, "keras_tutorial", *keras_flags, python=options.keras_python)
@@ -113,9 +115,15 @@ def _enter(
     return contestants, skipped
 
 
-def _has_keras(python: str) -> bool:
-    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('keras') is None)"
-    return subprocess.run([python, "-c", code], timeout=60).returncode == 0
+def _keras_version(python: str) -> str | None:
+    """Of Keras and of TensorFlow, as that Python has them; None without Keras."""
+    code = (
+        "from importlib.metadata import distributions as d;"
+        "v = {x.name.lower(): x.version for x in d()};"
+        "print(*(f'{n} {v[n]}' for n in ('keras', 'tensorflow', 'tensorflow-cpu') if n in v))"
+    )
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60)
+    return done.stdout.strip() if done.stdout.startswith("keras") else None
 
 
 def _ratios(variants: Sequence[str]) -> list[Ratio]:
