@@ -28,7 +28,13 @@ from benchmarks.harness import (
     race,
     run_benchmark,
 )
-from benchmarks.labelling import Setting, labelling_figures, labelling_parser, set_up
+from benchmarks.labelling import (
+    PROGRESS_SECONDS,
+    Setting,
+    labelling_figures,
+    labelling_parser,
+    set_up,
+)
 from benchmarks.memory import MemoryWatch
 from benchmarks.options import add_count, select, settle
 from benchmarks.processes import run_process
@@ -96,7 +102,7 @@ def _label_part(setting: Setting, images: int) -> Figures:
     urls = part.urls()[:images]
     command = [sys.executable, "jobs/classify.py", f"--model={setting.bundle}"]
     command += [f"--input={write_table(urls, folder / 'images.parquet')}"]
-    command += [f"--output={folder / 'labels'}", "--cluster.progress_seconds=0.2"]
+    command += [f"--output={folder / 'labels'}", f"--cluster.progress_seconds={PROGRESS_SECONDS}"]
     memory = MemoryWatch()
     finished = run_process(command, seconds=part.deadline, watch=memory)
     return {**labelling_figures(finished, images), **memory.figures()}

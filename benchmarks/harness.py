@@ -68,11 +68,8 @@ class Ratio:
     @property
     def label(self) -> str:
         """As people read it."""
-        return f"{self.figure}: {_best_of(self.over)} / {_best_of(self.under)}"
-
-
-def _best_of(names: tuple[str, ...]) -> str:
-    return names[0] if len(names) == 1 else f"best of ({', '.join(names)})"
+        over, under = (" | ".join(names) for names in (self.over, self.under))
+        return f"{self.figure}: {over} / {under}"
 
 
 @dataclass(frozen=True)

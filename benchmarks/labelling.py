@@ -29,8 +29,8 @@ COLUMNS = (
     Column("first_batch_seconds", "first batch, s", 1),
     Column("seconds", "whole run, s", 1),
 )
-PROGRESS_SECONDS = "0.2"
-"""Between two progress lines of cnnray's, which say when how many images were labelled."""
+PROGRESS_SECONDS = "0.01"
+"""So that each labelled chunk has a progress line, which says when how many images were done."""
 MIN_RATE = 2.0
 """Images a second below which a contestant is given up, after ``START_SECONDS``."""
 START_SECONDS = 300.0

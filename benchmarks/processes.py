@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -161,11 +162,12 @@ def _last_object(output: str) -> dict[str, Any]:
 
 
 def steady_rate(marks: Sequence[Mark]) -> float | None:
-    """Images a second from the first labelled batch to the last; None of fewer than ``MIN_MARKS``.
+    """Images a second after the first labelled batch; None of fewer than ``MIN_MARKS`` batches.
 
-    What was under way when the first batch was done counts: an error of about one batch a worker.
+    The slope of the line through (time, images done) by least squares: the difference of the first
+    and the last mark would also count what other workers had under way at the first one.
     """
     if len(marks) < MIN_MARKS or marks[-1][0] <= marks[0][0]:
         return None
-    (first, before), (last, done) = marks[0], marks[-1]
-    return (done - before) / (last - first)
+    times, done = zip(*marks, strict=True)
+    return statistics.linear_regression(times, done).slope

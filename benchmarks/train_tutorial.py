@@ -119,7 +119,7 @@ def _keras_version(python: str) -> str | None:
     """Of Keras and of TensorFlow, as that Python has them; None without Keras."""
     code = (
         "from importlib.metadata import distributions as d;"
-        "v = {x.name.lower(): x.version for x in d()};"
+        "v = {x.name.lower().replace('_', '-'): x.version for x in d()};"
         "print(*(f'{n} {v[n]}' for n in ('keras', 'tensorflow', 'tensorflow-cpu') if n in v))"
     )
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60)

@@ -108,9 +108,13 @@ def test_a_contestant_that_fails_is_left_out_of_later_rounds_and_the_others_go_o
     assert results.ratio(Ratio("rate", ("good",), ("bad",))).runs == [0.2]
 
 
-def test_the_steady_rate_is_from_the_first_batch_to_the_last():
-    marks = [(10.0, 100), (11.0, 300), (12.0, 500), (13.0, 700), (14.0, 900)]
-    assert processes.steady_rate(marks) == 200
+def test_the_steady_rate_is_that_of_all_workers_from_the_first_batch_on():
+    marks = [  # two workers in step, 256 images a second each, the second one a little late
+        (10 + second + worker / 10, 256 * (2 * second + worker + 1))
+        for second in range(20)
+        for worker in (0, 1)
+    ]
+    assert processes.steady_rate(marks) == pytest.approx(512, rel=0.01)
     assert processes.steady_rate(marks[:4]) is None  # too few to speak of
 
 
