@@ -23,19 +23,10 @@ from torchvision.transforms._presets import ImageClassification
 
 from benchmarks.bundles import LITE0, write_lite0
 from benchmarks.collection import DATA, find_photos, write_table
-from benchmarks.harness import (
-    Column,
-    Contestant,
-    Figures,
-    Report,
-    SkipBenchmark,
-    describe_machine,
-    publish,
-    race,
-    run_benchmark,
-)
+from benchmarks.harness import Contestant, Figures, SkipBenchmark, race, run_benchmark
 from benchmarks.options import add_variants, make_parser, scratch_folder, select, settle
 from benchmarks.processes import run_process
+from benchmarks.report import Column, Report, describe_machine, publish
 
 COLUMNS = (
     Column("top1_agreement", "top-1 agreement", 4),

@@ -13,16 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.gpu import watch_gpu
-from benchmarks.harness import (
-    Column,
-    Ratio,
-    Report,
-    SkipBenchmark,
-    describe_machine,
-    publish,
-    race,
-    run_benchmark,
-)
+from benchmarks.harness import Ratio, SkipBenchmark, race, run_benchmark
 from benchmarks.labelling import (
     COLUMNS,
     STEADY,
@@ -36,6 +27,7 @@ from benchmarks.labelling import (
     set_up,
 )
 from benchmarks.options import select, settle
+from benchmarks.report import Column, Report, describe_machine, publish
 
 
 def main(argv: Sequence[str] | None = None) -> int:

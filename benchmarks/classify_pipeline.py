@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.harness import Ratio, Report, describe_machine, publish, race, run_benchmark
+from benchmarks.harness import Ratio, race, run_benchmark
 from benchmarks.labelling import (
     COLUMNS,
     STEADY,
@@ -23,6 +23,7 @@ from benchmarks.labelling import (
     set_up,
 )
 from benchmarks.options import select, settle
+from benchmarks.report import Report, describe_machine, publish
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,17 +17,7 @@ from functools import partial
 from benchmarks.collection import write_table
 from benchmarks.growth_keys import KeyTables
 from benchmarks.growth_requests import measure_requests
-from benchmarks.harness import (
-    Column,
-    Contestant,
-    Figures,
-    Ratio,
-    Report,
-    describe_machine,
-    publish,
-    race,
-    run_benchmark,
-)
+from benchmarks.harness import Contestant, Figures, Ratio, race, run_benchmark
 from benchmarks.labelling import (
     PROGRESS_SECONDS,
     Setting,
@@ -38,6 +28,7 @@ from benchmarks.labelling import (
 from benchmarks.memory import MemoryWatch
 from benchmarks.options import add_count, select, settle
 from benchmarks.processes import run_process
+from benchmarks.report import Column, Report, describe_machine, publish
 
 FACTORS = (1, 4, 16)
 COLUMNS = (

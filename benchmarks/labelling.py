@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 
 from benchmarks.bundles import write_network
 from benchmarks.collection import count_rows, find_photos, repeat_files, write_table
-from benchmarks.harness import Column, Contestant, ContestantFailed, Figures, note
+from benchmarks.harness import Contestant, ContestantFailed, Figures, note
 from benchmarks.options import add_count, add_variants, make_parser, scratch_folder
 from benchmarks.processes import Finished, run_process, steady_rate
+from benchmarks.report import Column
 from benchmarks.seaweed import seaweed
 
 WHOLE, STEADY = "images_per_second", "steady_images_per_second"

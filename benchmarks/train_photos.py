@@ -14,18 +14,11 @@ from pathlib import Path
 import yaml
 
 from benchmarks.collection import DATA, find_photos
-from benchmarks.harness import (
-    Contestant,
-    Ratio,
-    Report,
-    describe_machine,
-    publish,
-    race,
-    run_benchmark,
-)
+from benchmarks.harness import Contestant, Ratio, race, run_benchmark
 from benchmarks.labelling import num_cores
 from benchmarks.options import add_count, add_variants, make_parser, scratch_folder, select, settle
 from benchmarks.processes import ROOT
+from benchmarks.report import Report, describe_machine, publish
 from benchmarks.training import COLUMNS, Dataset, pack, train_job, training_peer
 
 RECIPE = "flowers-scratch"

@@ -14,19 +14,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.harness import (
-    Contestant,
-    Ratio,
-    Report,
-    SkipBenchmark,
-    describe_machine,
-    publish,
-    race,
-    run_benchmark,
-)
+from benchmarks.harness import Contestant, Ratio, SkipBenchmark, race, run_benchmark
 from benchmarks.labelling import num_cores
 from benchmarks.options import add_count, add_variants, make_parser, scratch_folder, select, settle
 from benchmarks.peers.fashion_mnist import write_part
+from benchmarks.report import Report, describe_machine, publish
 from benchmarks.training import COLUMNS, Dataset, pack, train_job, training_peer
 
 DEBIAN_FOLDER = "/usr/share/datasets/fashion-mnist"

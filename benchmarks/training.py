@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Column, Contestant, ContestantFailed, Figures, note
+from benchmarks.harness import Contestant, ContestantFailed, Figures, note
 from benchmarks.processes import Finished, run_process
+from benchmarks.report import Column
 
 COLUMNS = (
     Column("samples_per_second", "samples/s", 1),

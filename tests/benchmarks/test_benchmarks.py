@@ -20,11 +20,12 @@ from benchmarks.bundles import LIKE_TORCHVISION, write_network
 from benchmarks.collection import count_rows, find_photos, repeat_files
 from benchmarks.gpu import busy_fraction
 from benchmarks.growth_requests import solve
-from benchmarks.harness import Column, Contestant, ContestantFailed, Ratio, Report, Summary, race
+from benchmarks.harness import Contestant, ContestantFailed, Ratio, Summary, race
 from benchmarks.memory import is_worker
 from benchmarks.peers.fashion_mnist import read_split, write_part
 from benchmarks.peers.network import load_network, normalize
 from benchmarks.peers.task import mark
+from benchmarks.report import Column, Report, describe_machine, publish
 from benchmarks.training import history_figures, peer_figures
 from cnnray.models.bundle import load_bundle
 from cnnray.storage import open_store
@@ -207,7 +208,7 @@ def test_the_table_names_machine_versions_settings_and_what_did_not_run(report):
 
 
 def test_the_last_line_is_json_and_a_failed_contestant_is_exit_code_1(report, capsys):
-    assert harness.publish(report, {"cores": 2}) == 1
+    assert publish(report, {"cores": 2}) == 1
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert document["contestants"]["ours"]["rate"]["runs"] == [100, 110]
     assert document["ratios"][0]["value"]["median"] == 1
@@ -217,7 +218,7 @@ def test_the_last_line_is_json_and_a_failed_contestant_is_exit_code_1(report, ca
 
 
 def test_the_machine_is_described():
-    machine = harness.describe_machine()
+    machine = describe_machine()
     assert machine["cpu"]
     assert machine["cores"] == len(os.sched_getaffinity(0))
 
