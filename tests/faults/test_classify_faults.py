@@ -35,7 +35,7 @@ from cnnray.storage import open_store
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
-NUM_IMAGES, PART_ROWS, CHUNK_ROWS = 320, 20, 10
+NUM_IMAGES, PART_ROWS, CHUNK_ROWS = 240, 20, 10
 NUM_PARTS = NUM_IMAGES // PART_ROWS
 MID_RUN = 3  # parts
 POISON = b"cnnray-poison:%b;"
