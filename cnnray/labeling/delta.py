@@ -90,12 +90,8 @@ def export_runs(store: Store) -> int:
     are there all the same, and the next export adds them.
     """
     entries = read_log(store)
-    numbers = {
-        entry.document["run"]: entry.number
-        for entry in entries
-        if entry.document["kind"] == "commit"
-    }
-    if not numbers:
+    runs = logged_runs(store, entries)
+    if not any(logged.commit for logged in runs):
         return 0
     application = entries[0].digest
     with _named_errors(
@@ -106,11 +102,11 @@ def export_runs(store: Store) -> int:
         table = _open_table(store)
         done = table.transaction_version(application) or 0
         added = 0
-        for logged in logged_runs(store, entries):
+        for place, logged in enumerate(runs, 1):
+            version = 2 * place  # the number of the entry that commits: another opens each run
             # A run of which an abort sealed every part has nothing to add.
-            if logged.commit and logged.commit.rows and numbers[logged.id] > done:
-                run = read_run(store, logged)
-                added += _add_run(table, run, application, version=numbers[logged.id])
+            if logged.commit and logged.commit.rows and version > done:
+                added += _add_run(table, read_run(store, logged), application, version=version)
         return added
 
 

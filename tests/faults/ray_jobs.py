@@ -205,11 +205,17 @@ class RayNode:
 
 
 @contextlib.contextmanager
-def ray_head(variables: dict[str, str], *, num_cpus: int = 2) -> Iterator[RayNode]:
+def ray_head(
+    variables: dict[str, str], *, num_cpus: int = 2, dashboard_port: int | None = None
+) -> Iterator[RayNode]:
     """``ray start --head`` with ports and a folder of its own."""
-    port, client, agent, grpc, runtime, metrics = _free_ports(6)
+    port, client, agent, grpc, runtime, metrics = free_ports(6)
     folder = tempfile.mkdtemp(prefix="cr", dir="/tmp")  # Ray's socket paths must be short
-    flags = ["--head", f"--port={port}", f"--temp-dir={folder}", "--include-dashboard=false"]
+    flags = ["--head", f"--port={port}", f"--temp-dir={folder}"]
+    if dashboard_port is None:
+        flags += ["--include-dashboard=false"]
+    else:
+        flags += ["--include-dashboard=true", f"--dashboard-port={dashboard_port}"]
     flags += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
     flags += [f"--dashboard-agent-grpc-port={grpc}", f"--runtime-env-agent-port={runtime}"]
     flags += [f"--metrics-export-port={metrics}"]
@@ -257,7 +263,8 @@ def _ray_start(
             node.kill()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody listens on."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
-import shutil
 import signal
-import socket
 import subprocess
 import sysconfig
-import tempfile
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,10 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from ray_jobs import START_SECONDS, free_ports, ray_head, wait_until
 
 ROOT = Path(__file__).parents[2]
-START_SECONDS = 120
-STOP_SECONDS = 20
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -84,71 +78,28 @@ def run(environment: dict[str, str]) -> Run:
     return run_command
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
 @pytest.fixture(scope="session")
 def head(environment: dict[str, str]) -> Iterator[Head]:
-    """``ray start --head`` in a process group of its own, which ends with the tests."""
-    port, dashboard, client, agent, grpc, runtime, metrics = _free_ports(7)
-    folder = tempfile.mkdtemp(prefix="cr", dir="/tmp")  # Ray's socket paths must be short
-    command = ["ray", "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={folder}"]
-    command += [f"--port={port}", f"--dashboard-port={dashboard}", "--include-dashboard=true"]
-    command += ["--node-ip-address=127.0.0.1", "--object-store-memory=300000000"]
-    command += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
-    command += [f"--dashboard-agent-grpc-port={grpc}", f"--runtime-env-agent-port={runtime}"]
-    command += [f"--metrics-export-port={metrics}", "--disable-usage-stats"]
-    found = Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}")
-    log = Path(folder) / "start.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=output,
-            env=environment | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"},
-            start_new_session=True,
+    """A Ray head with a dashboard, which takes jobs."""
+    [dashboard] = free_ports(1)
+    with ray_head(environment, dashboard_port=dashboard) as node:
+        found = Head(node.address, f"http://127.0.0.1:{dashboard}")
+        wait_until(
+            lambda: _takes_jobs(found, token=environment["RAY_AUTH_TOKEN"]),
+            f"jobs taken at {found.dashboard}",
+            seconds=START_SECONDS,
         )
-    try:
-        _wait_until_up(process, found, log, token=environment["RAY_AUTH_TOKEN"])
         yield found
-    finally:
-        _stop_group(process)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait_until_up(process: subprocess.Popen[bytes], head: Head, log: Path, *, token: str) -> None:
-    deadline = time.monotonic() + START_SECONDS
+def _takes_jobs(head: Head, *, token: str) -> bool:
     headers = {"Authorization": f"Bearer {token}"}
     request = urllib.request.Request(f"{head.dashboard}/api/jobs/", headers=headers)
-    while True:
-        try:
-            with urllib.request.urlopen(request, timeout=5):
-                return
-        except OSError as error:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"no Ray: {error}\n{log.read_text()[-3000:]}") from error
-            time.sleep(0.5)
-
-
-def _stop_group(process: subprocess.Popen[bytes]) -> None:
-    """End Ray and every process that it started: all of them are in the group, or its children."""
-    import psutil
-
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(STOP_SECONDS)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    for child in children:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
-    process.wait(STOP_SECONDS)
+    try:
+        with urllib.request.urlopen(request, timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 @pytest.fixture(scope="session")
