@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from ray_jobs import (
     verify,
     wait_until,
 )
+from read_counter import ReadCounter, ReadsAfterKills
 from soak_checks import READERS, Witness, find_differences, poll
 
 PART_ROWS, CHUNK_ROWS = 50, 10
@@ -141,8 +142,7 @@ class Soak:
 
     def require_whole(self, table: Path) -> None:
         """Each image once, with its own label, and the table's own proof."""
-        problems = find_problems(table, self.answers)
-        self.require(not problems, "; ".join(problems))
+        self.require_none(find_problems(table, self.answers))
         self.require_proof(table)
 
     def require_proof(self, table: Path) -> None:
@@ -158,7 +158,9 @@ class Soak:
             raise Violation("workers of a killed driver live on") from None
 
     def require_sight(self, witness: Witness) -> None:
-        problems = witness.look()
+        self.require_none(witness.look())
+
+    def require_none(self, problems: list[str]) -> None:
         self.require(not problems, "; ".join(problems))
 
 
@@ -168,29 +170,37 @@ class Soak:
 def prove_kills(soak: Soak, count: int) -> str:
     """Drivers are killed at any moment from their first write on, table after table."""
     killed, tables, states = 0, 0, Counter[str]()
-    while killed < count:
-        table, runs, is_killed = soak.new_table(), 0, True
-        witness = Witness(table)
-        while is_killed:
-            with soak.start(table) as job:
-                is_killed = killed < count and soak.kill(job, table)
-                if not is_killed:
-                    soak.require_success(job)
-            runs += 1
-            soak.require_sight(witness)
-            if is_killed:
-                killed += 1
-                states[state := state_of(table, len(soak.answers))] += 1
-                soak.say(
-                    f"kill {killed} of {count} after {job.seconds:.1f} s, {state},"
-                    f" {witness.num_rows} rows visible"
-                )
-                soak.require_no_workers()
-        soak.require_whole(table)
-        tables += 1
-        soak.say(f"table {tables} is whole after {runs} runs")
+    again, in_flight, most = 0, 0, 0
+    with closing(ReadCounter(soak.images)) as counter:
+        while killed < count:
+            table, runs, is_killed = soak.new_table(), 0, True
+            witness, reads = Witness(table), ReadsAfterKills()
+            while is_killed:
+                with soak.start(table) as job:
+                    is_killed = killed < count and soak.kill(job, table)
+                    if not is_killed:
+                        soak.require_success(job)
+                runs += 1
+                soak.require_no_workers()  # which read on for a moment
+                soak.require_sight(witness)
+                soak.require_none(reads.add(counter.take(), witness.keys))
+                if is_killed:
+                    killed += 1
+                    states[state := state_of(table, len(soak.answers))] += 1
+                    soak.say(
+                        f"kill {killed} of {count} after {job.seconds:.1f} s, {state},"
+                        f" {witness.num_rows} rows visible, {reads.in_flight} images in flight"
+                        f" so far and {reads.again} read again"
+                    )
+            soak.require_whole(table)
+            tables, again, in_flight = tables + 1, again + reads.again, in_flight + reads.in_flight
+            most = max(most, reads.most_in_flight)
+            soak.say(f"table {tables} is whole after {runs} runs")
     killed_when = ", ".join(f"{number} {state}" for state, number in states.most_common())
-    return f"{killed} drivers killed ({killed_when}), {tables} tables whole"
+    return (
+        f"{killed} drivers killed ({killed_when}), {tables} tables whole, {in_flight} images in"
+        f" flight when killed (at most {most} at once) and {again} read again"
+    )
 
 
 def state_of(table: Path, rows: int) -> str:
@@ -278,8 +288,7 @@ def prove_nights(soak: Soak, count: int) -> str:
                     soak.require_success(job)
             killed += is_killed
             soak.require_sight(witness)
-        problems = find_differences(table, rows)
-        soak.require(not problems, "; ".join(problems))
+        soak.require_none(find_differences(table, rows))
         soak.require_proof(table)
         seconds = time.monotonic() - started
         idle_seconds = max(idle_seconds, require_idle(soak, table))

@@ -55,6 +55,10 @@ class Witness:
     def num_rows(self) -> int:
         return 0 if self.seen is None else int(self.seen.num_rows)
 
+    @property
+    def keys(self) -> set[str]:
+        return set() if self.seen is None else set(self.seen["key"].to_pylist())
+
 
 def has_rows(table: Path) -> bool:
     """Whether a reader's pattern would find any file at all."""
