@@ -19,7 +19,7 @@ LAYERS = (
     {"training", "evaluation", "labeling"},
     {"models", "datasets"},
     {"images"},
-    {"storage", "config", "console", "cli"},
+    {"storage", "config", "console", "process", "cli"},
     {"schema", "errors"},
 )
 LEVEL = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

@@ -14,20 +14,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
 
-from cnnray.cluster.actors import actor_device, map_tables
+from cnnray.cluster.actors import map_tables
+from cnnray.cluster.label_workers import LabelJob
 from cnnray.cluster.runtime import ray_cluster, stop_on_sigterm
 from cnnray.config import ClassifySettings
 from cnnray.console import ProgressLine
 from cnnray.datasets.listing import list_in_order
 from cnnray.datasets.sources import Source, copy_rows, open_source
 from cnnray.errors import DataError, IncompleteError, TooManyBadImagesError
-from cnnray.images.decode import DecodeLimits
 from cnnray.labeling.assembler import PartAssembler
 from cnnray.labeling.commit import Run, RunTotals, finish_run, missing_parts, publish_part
 from cnnray.labeling.delta import check_delta, export_runs
-from cnnray.labeling.labeler import Labeler, Sample
 from cnnray.labeling.parts import PublishedPart
 from cnnray.labeling.plan import DATA_FOLDER
 from cnnray.labeling.runs import begin_run, claim_table
@@ -40,50 +38,6 @@ MAX_PASSES = 3
 """Times that a run's missing parts are gone through: another driver may die with some of them."""
 WAVE_ROWS = 1_000_000
 """Images handed to Ray Data at a time, at most about: their names are in the object store."""
-
-
-class LabelActor:
-    """One worker: labels chunks with its own copy of the model. It writes nothing."""
-
-    def __init__(
-        self, *, model: Store, source: Source, run: Run, settings: ClassifySettings
-    ) -> None:
-        self.source = source
-        self.run = run
-        self.done: set[int] = set()  # parts that are published
-        self.labeler = Labeler(
-            load_bundle(model),
-            top_k=settings.top_k,
-            embeddings=settings.embeddings,
-            batch_size=settings.batch_size,
-            limits=DecodeLimits(**settings.limits.model_dump()),
-            device=actor_device(use_gpu=settings.scaling.use_gpu),
-            # An actor that died may have been killed by an image, which it will be given again.
-            careful=ray.get_runtime_context().was_current_actor_reconstructed,
-            decode_seconds=settings.decode_seconds,
-        )
-
-    def __call__(self, chunk: pa.Table) -> pa.Table:
-        """Label rows of a chunk with their places in the plan; none if its part is published."""
-        if self._is_published(chunk["part"][0].as_py()):
-            chunk = chunk.slice(0, 0)
-        samples = (
-            Sample(key, etag, data)
-            for key, etag, data in zip(
-                chunk["key"].to_pylist(),
-                chunk["etag"].to_pylist(),
-                self.source.read(chunk),
-                strict=True,
-            )
-        )
-        rows = self.labeler.label(samples)
-        return rows.append_column("part", chunk["part"]).append_column("row", chunk["row"])
-
-    def _is_published(self, part: int) -> bool:
-        """Whether somebody, perhaps another driver, was faster: then the work would be in vain."""
-        if part not in self.done and self.run.store.head(self.run.part_key(part)) is not None:
-            self.done.add(part)
-        return part in self.done
 
 
 def classify(settings: ClassifySettings) -> dict[str, Any]:
@@ -117,7 +71,8 @@ def classify(settings: ClassifySettings) -> dict[str, Any]:
             if begun is None:
                 break
             run, is_mine = begun
-            totals = _work_on(run, settings, source, model, is_mine=is_mine, resources=resources)
+            job = LabelJob(model, source, run, settings)
+            totals = _work_on(job, is_mine=is_mine, resources=resources)
             finished.append((run, totals))
         if settings.delta:  # with what drivers that died had committed, and when nothing is new
             logger.info("%d runs added to the Delta table", export_runs(output))
@@ -154,19 +109,12 @@ def _list_inputs(source: Source, settings: ClassifySettings) -> Iterator[pa.Tabl
         raise DataError(f"no images at all in {settings.input}", hint="check --input")
 
 
-def _work_on(
-    run: Run,
-    settings: ClassifySettings,
-    source: Source,
-    model: Store,
-    *,
-    is_mine: bool,
-    resources: contextlib.ExitStack,
-) -> RunTotals:
+def _work_on(job: LabelJob, *, is_mine: bool, resources: contextlib.ExitStack) -> RunTotals:
     """Label and publish every missing part of a run, and commit it.
 
     Ray is started when there is something to label, and lives as long as ``resources``.
     """
+    run = job.run
     published: dict[int, PublishedPart] = {}
     for _ in range(MAX_PASSES):
         missing = missing_parts(run)
@@ -182,15 +130,14 @@ def _work_on(
         )
         if not is_mine:  # from the other end: the driver that opened the run may be alive
             missing.reverse()
-        resources.enter_context(ray_cluster(settings.cluster))  # the second time it is there
-        published |= _label(run, missing, settings, source, model)
+        resources.enter_context(ray_cluster(job.settings.cluster))  # the second time it is there
+        published |= _label(job, missing)
     return finish_run(run, published)
 
 
-def _label(
-    run: Run, missing: Sequence[int], settings: ClassifySettings, source: Source, model: Store
-) -> dict[int, PublishedPart]:
+def _label(job: LabelJob, missing: Sequence[int]) -> dict[int, PublishedPart]:
     """Label the missing parts and publish each one; those that this driver has written."""
+    run, settings = job.run, job.settings
     published: dict[int, PublishedPart] = {}
     done = run.plan.rows - sum(map(run.plan.rows_of, missing))
     assembler, errors, parts = PartAssembler(), 0, run.plan.num_parts - len(missing)
@@ -205,9 +152,7 @@ def _label(
             for wave in _waves(run, missing):
                 for rows in map_tables(
                     _chunks(run, wave, assembler, chunk_rows=settings.chunk_rows),
-                    LabelActor,
-                    {"model": model, "source": source, "run": run, "settings": settings},
-                    scaling=settings.scaling,
+                    job.stages,
                     stall_seconds=settings.cluster.stall_seconds,
                 ):
                     errors += pc.sum(pc.equal(rows["status"], "error")).as_py() or 0

@@ -13,7 +13,7 @@ import ray
 import torch
 
 from cnnray import __version__
-from cnnray.cluster.actors import actor_device, map_tables
+from cnnray.cluster.actors import inference_stage, map_tables, set_up_actor
 from cnnray.cluster.runtime import ray_cluster
 from cnnray.config import EvaluateSettings
 from cnnray.console import ProgressLine
@@ -44,7 +44,7 @@ class EvaluateActor:
 
     def __init__(self, *, model: Store, data: Store, settings: EvaluateSettings) -> None:
         bundle = load_bundle(model)
-        self.device = actor_device(use_gpu=settings.scaling.use_gpu)
+        self.device = set_up_actor(use_gpu=settings.scaling.use_gpu)
         self.model = bundle.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.temperature = bundle.spec.temperature
         self.transform = EvalTransform(
@@ -141,6 +141,7 @@ def _check_classes(spec: BundleSpec, manifest: Manifest, *, settings: EvaluateSe
 def _predict(split: Split, *, model: Store, data: Store, settings: EvaluateSettings) -> pa.Table:
     """The predictions of every row, sorted by key. Raises ``CnnrayError`` when a row is missing."""
     tables: list[pa.Table] = []
+    arguments = {"model": model, "data": data, "settings": settings}
     done = 0
     with ProgressLine(
         total=split.num_samples,
@@ -150,9 +151,7 @@ def _predict(split: Split, *, model: Store, data: Store, settings: EvaluateSetti
     ) as progress:
         for table in map_tables(
             _units(split),
-            EvaluateActor,
-            {"model": model, "data": data, "settings": settings},
-            scaling=settings.scaling,
+            [inference_stage(EvaluateActor, arguments, settings.scaling)],
             stall_seconds=settings.cluster.stall_seconds,
         ):
             tables.append(table)

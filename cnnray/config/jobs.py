@@ -149,8 +149,12 @@ class ClassifySettings(JobSettings):
     """rows of one output file; also what a driver that is killed may have to do again"""
     chunk_rows: PositiveInt = 256
     """images of one task"""
-    batch_size: PositiveInt = 64
-    """images of one forward pass"""
+    batch_size: PositiveInt | None = None
+    """images of one forward pass (64 on a GPU, else 16, which stay in the CPU's caches)"""
+    placement: Literal["auto", "fused", "split"] = "auto"
+    """fused: every worker does all; split: CPUs read and decode for the workers (auto: on GPUs)"""
+    decode_workers: PositiveInt | None = None
+    """processes of one CPU that decode, with split (one for each CPU that is left)"""
     decode_seconds: PositiveFloat = 30.0
     """time after which an image that is still being decoded is given up (decoder_timeout)"""
     delta: bool = False

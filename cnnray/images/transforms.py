@@ -94,6 +94,11 @@ def fit(pixels: np.ndarray, *, preprocessing: Preprocessing) -> np.ndarray:
     return, without the second that importing torchvision takes every worker. Pixels whose short
     side is right are not touched.
     """
+    return np.ascontiguousarray(fit_view(pixels, preprocessing=preprocessing))
+
+
+def fit_view(pixels: np.ndarray, *, preprocessing: Preprocessing) -> np.ndarray:
+    """The same as a view of whatever memory it is in, for who copies it elsewhere anyway."""
     pixels = _middle(pixels)
     if (short := min(pixels.shape[:2])) != preprocessing.resize:
         # As a batch of one in channels-last order: any other is packed and unpacked on the way.
@@ -108,7 +113,8 @@ def fit(pixels: np.ndarray, *, preprocessing: Preprocessing) -> np.ndarray:
         image = np.moveaxis(pixels, 2, 0)
     size = preprocessing.size
     top, left = (round((side - size) / 2) for side in image.shape[1:])
-    return np.ascontiguousarray(image[:, top : top + size, left : left + size])
+    view: np.ndarray = image[:, top : top + size, left : left + size]
+    return view
 
 
 def as_tensor(image: np.ndarray) -> torch.Tensor:

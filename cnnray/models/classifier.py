@@ -36,7 +36,19 @@ class Normalize(nn.Module):
             raise ModelError(
                 f"the model takes {self.mean.shape[0]} channels, got {images.shape[1]}"
             )
-        return (images.float() / 255 - self.mean) / self.std  # uint8 until here: 4x less to ship
+        pixels = images.to(torch.float32, copy=True)  # uint8 until here: 4x less to ship
+        mean, std = self.mean, self.std
+        if pixels.device.type == "cpu" and pixels.is_contiguous(memory_format=torch.channels_last):
+            mean, std = (_row(values, width=pixels.shape[3]) for values in (mean, std))
+        return pixels.div_(255).sub_(mean).div_(std)  # in place: fresh memory costs as much again
+
+
+def _row(values: Tensor, *, width: int) -> Tensor:
+    """(C, 1, 1) as the (C, 1, W) of a row of interleaved channels.
+
+    Broadcast over it, a step takes a quarter of the time that it takes over C values at a time.
+    """
+    return values.reshape(1, 1, -1).expand(1, width, -1).contiguous().permute(2, 0, 1)
 
 
 class Classifier(nn.Module):

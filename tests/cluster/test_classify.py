@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import cnnray.cluster.classify as classify_module
-from cnnray.cluster.classify import LabelActor, classify
+from cnnray.cluster import label_workers
+from cnnray.cluster.classify import classify
+from cnnray.cluster.label_workers import DecodeActor, LabelActor
 from cnnray.cluster.verify import verify
 from cnnray.config import VerifySettings
 from cnnray.errors import DataError, SettingsError, TooManyBadImagesError, UsageError
@@ -132,6 +134,55 @@ def test_a_dataset_a_table_and_a_tar_are_labelled(painter, dataset, classify_set
         assert row["label"] == painter.colours[int(Path(row["key"]).stem) % 3]
 
 
+def without_run(table: pa.Table) -> list[dict]:
+    """The rows by key, with numbers that another batch may round otherwise."""
+    rows = table.sort_by("key").drop_columns([name for name in table.column_names if name == "run"])
+    for row in (rows := rows.to_pylist()):
+        row["confidence"] = row["confidence"] and round(row["confidence"], 5)
+        for item in row["top_k"] or ():
+            item["probability"] = round(item["probability"], 5)
+    return rows
+
+
+def test_split_workers_give_the_rows_of_fused_ones(folder, classify_settings, tmp_path):
+    root, codes = folder
+    for placement in ("fused", "split"):
+        output = str(tmp_path / placement)
+        settings = classify_settings(input=str(root), output=output, placement=placement)
+        result = classify(settings)
+        assert (result["labeled"], result["errors"]) == (210, len(codes))
+    assert without_run(labels_of(tmp_path / "split")) == without_run(labels_of(tmp_path / "fused"))
+
+
+def test_a_decoder_that_is_killed_costs_no_row_and_doubles_none(
+    dataset, classify_settings, tmp_path, monkeypatch
+):
+    dead = tmp_path / "dead"
+
+    class MortalActor(DecodeActor):
+        """Killed, once, in the middle of its work."""
+
+        def __call__(self, chunk: pa.Table) -> pa.Table:
+            if chunk["part"][0].as_py() == 2 and not dead.exists():
+                dead.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(chunk)
+
+    monkeypatch.setattr(label_workers, "DecodeActor", MortalActor)
+    result = classify(classify_settings(input=str(dataset), placement="split"))
+    assert dead.exists()
+    assert result["labeled"] == 330
+    keys = Counter(labels_of(tmp_path / "labels")["key"].to_pylist())
+    assert len(keys) == sum(keys.values()) == 330
+
+
+def test_a_split_that_leaves_no_cpu_to_decode_is_refused(dataset, classify_settings):
+    with pytest.raises(SettingsError, match="workers of 1 CPU do not fit"):
+        classify(
+            classify_settings(input=str(dataset), placement="split", scaling={"num_workers": 2})
+        )
+
+
 def test_a_worker_that_is_killed_costs_no_row_and_doubles_none(
     dataset, classify_settings, tmp_path, monkeypatch
 ):
@@ -146,7 +197,7 @@ def test_a_worker_that_is_killed_costs_no_row_and_doubles_none(
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__call__(chunk)
 
-    monkeypatch.setattr(classify_module, "LabelActor", MortalActor)
+    monkeypatch.setattr(label_workers, "LabelActor", MortalActor)
     scaling = {"num_workers": 2}
     result = classify(classify_settings(input=str(dataset), scaling=scaling))
     assert dead.exists()

@@ -23,9 +23,12 @@ from cnnray.errors import (
 from cnnray.images.augment import Augmentation, TrainTransform
 from cnnray.images.decode import DecodeLimits
 from cnnray.images.transforms import EvalTransform
-from cnnray.labeling.labeler import Labeler, Sample
+from cnnray.labeling.decoding import Sample, SampleDecoder
+from cnnray.labeling.labeler import Labeler
+from cnnray.labeling.prediction import Predictor
 from cnnray.models.bundle import Bundle
 from cnnray.models.classifier import Classifier
+from cnnray.models.engines import EagerEngine
 from cnnray.schema import LABELS_SCHEMA, MAX_ERROR_DETAIL, labels_schema
 
 MakeBundle = Callable[..., Bundle]
@@ -35,14 +38,15 @@ POISON = Path(__file__).parents[1] / "images" / "poison"
 
 
 def labeler(bundle: Bundle, **changes: Any) -> Labeler:
-    options = {
-        "top_k": 3,
-        "embeddings": False,
-        "batch_size": 4,
-        "limits": DecodeLimits(),
-        "device": torch.device("cpu"),
-    }
-    return Labeler(bundle, **{**options, **changes})
+    options = {"top_k": 3, "batch_size": 4, "embeddings": False} | changes
+    top_k, batch_size, embeddings = (
+        options.pop(name) for name in ("top_k", "batch_size", "embeddings")
+    )
+    engine = EagerEngine(bundle.model, device=torch.device("cpu"), embeddings=embeddings)
+    return Labeler(
+        SampleDecoder(bundle.spec.preprocessing, **options),
+        Predictor(engine, bundle.spec, digest=bundle.digest, top_k=top_k, batch_size=batch_size),
+    )
 
 
 def sample(key: str, data: bytes | StorageError) -> Sample:

@@ -1,0 +1,129 @@
+"""Encoded images in, rows of pixels out: what a model needs of each image, or why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cnnray.errors import (
+    AccessDeniedError,
+    ChangedObjectError,
+    ImageError,
+    MissingObjectError,
+    StorageError,
+    UnavailableError,
+)
+from cnnray.images.decode import DEFAULT_LIMITS, DecodeLimits
+from cnnray.images.isolation import DEFAULT_SECONDS, Decode, IsolatedDecoder, guarded_decoder
+from cnnray.images.transforms import Preprocessing, fit_view, min_side
+from cnnray.schema import MAX_ERROR_DETAIL
+
+FACTS_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("etag", pa.string(), nullable=False),
+        pa.field("error_code", pa.string()),
+        pa.field("error_detail", pa.string()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+    ]
+)
+"""What decoding tells of an image: an error, or the sides that it has in its file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image to label: its key, its etag, and its bytes or the error that reading met."""
+
+    key: str
+    etag: str
+    data: bytes | StorageError
+
+
+class SampleDecoder:
+    """Decodes samples and fits them to a model's input.
+
+    An image that takes longer than ``decode_seconds`` ends the process, as one does that crashes
+    it; with ``careful``, which is slower, both are rows with one of ``DECODER_ERROR_CODES``.
+    """
+
+    def __init__(
+        self,
+        preprocessing: Preprocessing,
+        *,
+        limits: DecodeLimits = DEFAULT_LIMITS,
+        careful: bool = False,
+        decode_seconds: float = DEFAULT_SECONDS,
+    ) -> None:
+        self.preprocessing = preprocessing
+        self.decoding: dict[str, Any] = {
+            "channels": preprocessing.channels,
+            "limits": limits,
+            "min_side": min_side(preprocessing),
+            "seconds": decode_seconds,
+        }
+        self.isolated = IsolatedDecoder(**self.decoding) if careful else None
+
+    def close(self) -> None:
+        """End the decoder's process, if there is one."""
+        if self.isolated is not None:
+            self.isolated.close()
+
+    def decode(self, samples: Sequence[Sample]) -> pa.Table:
+        """A row for each sample: ``FACTS_SCHEMA`` and its ``image``, size x size x channels bytes.
+
+        The image of an error is black. Raises ``UnavailableError`` and ``AccessDeniedError`` of a
+        sample: no image is at fault.
+        """
+        size, channels = self.preprocessing.size, self.preprocessing.channels
+        images = np.zeros((len(samples), size, size, channels), np.uint8)
+        with self._decoder() as decode:
+            facts = [
+                {"key": sample.key, "etag": sample.etag, **self._decode(sample.data, decode, image)}
+                for sample, image in zip(samples, images, strict=True)
+            ]
+        cell = pa.binary(size * size * channels)
+        pixels = pa.Array.from_buffers(cell, len(samples), [None, pa.py_buffer(images)])
+        return pa.Table.from_pylist(facts, FACTS_SCHEMA).append_column("image", pixels)
+
+    def _decoder(self) -> AbstractContextManager[Decode]:
+        if self.isolated is not None:
+            return nullcontext(self.isolated.decode)
+        return guarded_decoder(**self.decoding)
+
+    def _decode(
+        self, data: bytes | StorageError, decode: Decode, image: np.ndarray[Any, Any]
+    ) -> dict[str, Any]:
+        """Write the pixels into ``image`` (H, W, C) and return the other facts."""
+        try:
+            decoded = decode(_require_data(data))
+        except ImageError as error:
+            return {"error_code": error.code, "error_detail": error.detail[:MAX_ERROR_DETAIL]}
+        fitted = fit_view(decoded.pixels, preprocessing=self.preprocessing)  # (C, H, W)
+        image[...] = np.moveaxis(fitted, 0, 2)
+        return {"width": decoded.width, "height": decoded.height}
+
+
+def images_of(decoded: pa.Table, preprocessing: Preprocessing) -> np.ndarray[Any, Any]:
+    """The pixels of decoded rows, (N, H, W, C) uint8, in the table's own memory where it is one."""
+    column = decoded["image"].combine_chunks()
+    size, channels = preprocessing.size, preprocessing.channels
+    cell = size * size * channels
+    pixels = np.frombuffer(column.buffers()[1], np.uint8)
+    start = column.offset * cell
+    return pixels[start : start + len(column) * cell].reshape(-1, size, size, channels)
+
+
+def _require_data(data: bytes | StorageError) -> bytes:
+    """The bytes that were read, or the error that reading met as one of ``READ_ERROR_CODES``."""
+    if isinstance(data, AccessDeniedError | UnavailableError):
+        raise data
+    if isinstance(data, StorageError):
+        codes = {MissingObjectError: "missing", ChangedObjectError: "changed"}
+        raise ImageError(codes.get(type(data), "read_failed"), str(data))
+    return data
