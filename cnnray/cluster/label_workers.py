@@ -7,16 +7,18 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import ray
+import torch
 
 from cnnray.cluster.actors import Stage, inference_stage, set_up_actor, split_stages
 from cnnray.config import ClassifySettings
 from cnnray.datasets.sources import Source
 from cnnray.images.decode import DecodeLimits
+from cnnray.images.transforms import Preprocessing
 from cnnray.labeling.commit import Run
 from cnnray.labeling.decoding import Sample, SampleDecoder
 from cnnray.labeling.labeler import Labeler
 from cnnray.labeling.prediction import Predictor
-from cnnray.models.bundle import load_bundle, read_bundle_spec
+from cnnray.models.bundle import Bundle, load_bundle, read_bundle_spec
 from cnnray.models.engines import EagerEngine
 from cnnray.storage import Store
 
@@ -48,26 +50,42 @@ class LabelJob:
 
     def decoder(self) -> SampleDecoder:
         """The part of a worker that decodes."""
-        return SampleDecoder(
+        return make_decoder(
             read_bundle_spec(self.model).preprocessing,
-            limits=DecodeLimits(**self.settings.limits.model_dump()),
+            self.settings,
             # An actor that died may have been killed by an image, which it will be given again.
             careful=ray.get_runtime_context().was_current_actor_reconstructed,
-            decode_seconds=self.settings.decode_seconds,
         )
 
     def predictor(self) -> Predictor:
         """The part of a worker that computes."""
-        settings = self.settings
-        device = set_up_actor(use_gpu=settings.scaling.use_gpu)
-        bundle = load_bundle(self.model)
-        return Predictor(
-            EagerEngine(bundle.model, device=device, embeddings=settings.embeddings),
-            bundle.spec,
-            digest=bundle.digest,
-            top_k=settings.top_k,
-            batch_size=settings.batch_size or (64 if settings.scaling.use_gpu else 16),
-        )
+        device = set_up_actor(use_gpu=self.settings.scaling.use_gpu)
+        return make_predictor(load_bundle(self.model), self.settings, device=device)
+
+
+def make_decoder(
+    preprocessing: Preprocessing, settings: ClassifySettings, *, careful: bool
+) -> SampleDecoder:
+    """What decodes in a worker."""
+    return SampleDecoder(
+        preprocessing,
+        limits=DecodeLimits(**settings.limits.model_dump()),
+        careful=careful,
+        decode_seconds=settings.decode_seconds,
+    )
+
+
+def make_predictor(
+    bundle: Bundle, settings: ClassifySettings, *, device: torch.device
+) -> Predictor:
+    """What computes in a worker."""
+    return Predictor(
+        EagerEngine(bundle.model, device=device, embeddings=settings.embeddings),
+        bundle.spec,
+        digest=bundle.digest,
+        top_k=settings.top_k,
+        batch_size=settings.batch_size or (64 if settings.scaling.use_gpu else 16),
+    )
 
 
 class ChunkReader:

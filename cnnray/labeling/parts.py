@@ -55,7 +55,7 @@ def write_part(
     the first one counts. Raises ``ConflictError`` when something else has its name.
     """
     footer = PartFooter(run=run, part=part, rows=rows.num_rows, ok=_count_ok(rows))
-    data = _encode(rows, footer)
+    data = encode_part(rows, footer)
     crash_point("part.before_create")
     try:
         store.create(key, data)
@@ -94,7 +94,7 @@ def _count_ok(rows: pa.Table) -> int:
     return int(pc.sum(pc.equal(rows["status"], "ok")).as_py() or 0)
 
 
-def _encode(rows: pa.Table, footer: PartFooter) -> bytes:
+def encode_part(rows: pa.Table, footer: PartFooter) -> bytes:
     """The bytes of a part, read back and compared before anybody sees them."""
     metadata = {FOOTER_KEY: json.dumps(asdict(footer)).encode()}
     data = encode_parquet(rows.replace_schema_metadata(metadata), compression="zstd")

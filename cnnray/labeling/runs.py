@@ -11,7 +11,7 @@ import datetime
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 
@@ -24,7 +24,14 @@ from cnnray.errors import (
 )
 from cnnray.labeling.commit import Run, labelled_inputs
 from cnnray.labeling.crash_points import crash_point
-from cnnray.labeling.ledger import ChangePolicy, Ledger, join_ledgers, make_ledger, select_new
+from cnnray.labeling.ledger import (
+    ChangePolicy,
+    Ledger,
+    Selection,
+    join_ledgers,
+    make_ledger,
+    select_new,
+)
 from cnnray.labeling.log import (
     MAX_RACES,
     LogEntry,
@@ -50,21 +57,30 @@ def claim_table(store: Store, identity: Mapping[str, Any]) -> None:
     Raises ``ConflictError`` for another identity (a new model is a new table, never a mixture) and
     ``StorageError`` for a store that could not keep two drivers apart.
     """
-    wanted = {"version": LABELS_VERSION, **identity}
+    if has_table(store, identity):
+        return
+    if not store.refuses_overwrite(PROBE_KEY):
+        raise StorageError(
+            f"{store.uri} does not refuse to overwrite: it has no conditional writes",
+            hint="use another store, or --single_writer when nobody else writes there",
+        )
+    try:
+        store.create(TABLE_KEY, encode_json(_document(identity)))
+    except AlreadyExistsError:  # another driver was first
+        has_table(store, identity)
+
+
+def has_table(store: Store, identity: Mapping[str, Any]) -> bool:
+    """Whether the table of ``identity`` is there. Writes nothing.
+
+    Raises ``ConflictError`` when something else is there.
+    """
+    wanted = _document(identity)
     try:
         found = _read_identity(store)
     except MissingObjectError:
         _refuse_foreign_data(store)
-        if not store.refuses_overwrite(PROBE_KEY):
-            raise StorageError(
-                f"{store.uri} does not refuse to overwrite: it has no conditional writes",
-                hint="use another store, or --single_writer when nobody else writes there",
-            ) from None
-        try:
-            store.create(TABLE_KEY, encode_json(wanted))
-            return
-        except AlreadyExistsError:  # another driver was first
-            found = _read_identity(store)
+        return False
     if found != wanted:
         differences = ", ".join(
             f"{name} {found.get(name)!r}, here {wanted.get(name)!r}"
@@ -75,6 +91,11 @@ def claim_table(store: Store, identity: Mapping[str, Any]) -> None:
             f"{store.uri} holds labels of another kind: {differences}",
             hint="choose another --output: a new model is a new table",
         )
+    return True
+
+
+def _document(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {"version": LABELS_VERSION, **identity}
 
 
 def _read_identity(store: Store) -> dict[str, Any]:
@@ -131,16 +152,17 @@ def begin_run(
     for _ in range(MAX_RACES):
         entries = read_log(store)
         runs = read_runs(store, entries)
-        if runs and runs[-1].commit is None:
-            _require_same_config(runs[-1], config)
-            return runs[-1], is_mine
-        if is_mine:  # somebody finished it before we came to look
+        if is_mine and runs[-1].commit is not None:  # somebody finished it before we came to look
             return runs[-1], is_mine
         with tempfile.TemporaryFile(prefix="cnnray-") as spill:
-            new = select_new(list_inputs(), read_ledger(runs), on_changed=on_changed, spill=spill)
-            if not new.rows:
+            work = find_work(
+                runs, config=config, list_inputs=list_inputs, on_changed=on_changed, spill=spill
+            )
+            if isinstance(work, Run):
+                return work, is_mine
+            if not work.rows:
                 return None
-            plan = write_plan(store, new.tables(), part_rows=part_rows, duplicates=new.duplicates)
+            plan = write_plan(store, work.tables(), part_rows=part_rows, duplicates=work.duplicates)
         now = datetime.datetime.now(datetime.UTC)  # for people: nothing reads it
         document = {
             "kind": "open",
@@ -152,6 +174,25 @@ def begin_run(
         is_mine = append_entry(store, entries, document)
         crash_point("log.after_open")
     raise IncompleteError(f"other drivers were {MAX_RACES} times faster at {store.uri}")
+
+
+def find_work(
+    runs: Sequence[Run],
+    *,
+    config: Mapping[str, Any],
+    list_inputs: Callable[[], Iterable[pa.Table]],
+    on_changed: ChangePolicy,
+    spill: IO[bytes],
+) -> Run | Selection:
+    """What a driver that comes now has to do: the open run, or what is new. Writes nothing.
+
+    ``spill`` is an empty file for the listing. Raises ``ConflictError`` for an open run that has
+    another ``config``.
+    """
+    if runs and runs[-1].commit is None:
+        _require_same_config(runs[-1], config)
+        return runs[-1]
+    return select_new(list_inputs(), read_ledger(runs), on_changed=on_changed, spill=spill)
 
 
 def read_ledger(runs: Sequence[Run]) -> Ledger:
