@@ -16,10 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cnnray.cluster.actors import map_tables
+from cnnray.cluster.dry_run import dry_run
+from cnnray.cluster.estimate import measure_run, predict_run
 from cnnray.cluster.label_workers import LabelJob
 from cnnray.cluster.runtime import ray_cluster, stop_on_sigterm
 from cnnray.config import ClassifySettings
-from cnnray.console import ProgressLine
+from cnnray.console import ProgressLine, format_seconds
 from cnnray.datasets.listing import list_in_order
 from cnnray.datasets.sources import Source, copy_rows, open_source
 from cnnray.errors import DataError, IncompleteError, TooManyBadImagesError
@@ -57,13 +59,25 @@ def classify(settings: ClassifySettings) -> dict[str, Any]:
         source = open_source(
             settings.input, format=settings.format, labelled=False, **settings.columns.options()
         )
-        claim_table(output, _identity(settings, bundle))
+        identity, config = _identity(settings, bundle), _config(settings)
+        if settings.dry_run:
+            return dry_run(
+                settings,
+                bundle,
+                source,
+                output,
+                identity=identity,
+                config=config,
+                list_inputs=lambda: _list_inputs(source, settings),
+            )
+        claim_table(output, identity)
+        predicted: float | None = None
         finished: list[tuple[Run, RunTotals]] = []
         is_mine = False
         while not is_mine:  # a run that was open is finished first, then what is new since
             begun = begin_run(
                 output,
-                config=_config(settings),
+                config=config,
                 list_inputs=lambda: _list_inputs(source, settings),
                 part_rows=settings.part_rows,
                 on_changed=settings.on_changed,
@@ -72,11 +86,16 @@ def classify(settings: ClassifySettings) -> dict[str, Any]:
                 break
             run, is_mine = begun
             job = LabelJob(model, source, run, settings)
-            totals = _work_on(job, is_mine=is_mine, resources=resources)
+            before = time.perf_counter() - started
+            totals, seconds = _work_on(job, bundle, is_mine=is_mine, resources=resources)
             finished.append((run, totals))
+            predicted = predicted if seconds is None else before + seconds
         if settings.delta:  # with what drivers that died had committed, and when nothing is new
             logger.info("%d runs added to the Delta table", export_runs(output))
-    return _result(finished, output, settings, seconds=time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    if predicted is not None:
+        logger.info("predicted %s, took %s", *map(format_seconds, (predicted, seconds)))
+    return _result(finished, output, settings, seconds=seconds, predicted_seconds=predicted)
 
 
 def _identity(settings: ClassifySettings, bundle: Bundle) -> dict[str, Any]:
@@ -109,30 +128,39 @@ def _list_inputs(source: Source, settings: ClassifySettings) -> Iterator[pa.Tabl
         raise DataError(f"no images at all in {settings.input}", hint="check --input")
 
 
-def _work_on(job: LabelJob, *, is_mine: bool, resources: contextlib.ExitStack) -> RunTotals:
+def _work_on(
+    job: LabelJob, bundle: Bundle, *, is_mine: bool, resources: contextlib.ExitStack
+) -> tuple[RunTotals, float | None]:
     """Label and publish every missing part of a run, and commit it.
 
-    Ray is started when there is something to label, and lives as long as ``resources``.
+    Ray is started when there is something to label, and lives as long as ``resources``. The
+    second of the pair is the prediction of how many seconds this takes, for a large run.
     """
+    started, predicted = time.perf_counter(), None
     run = job.run
     published: dict[int, PublishedPart] = {}
     for _ in range(MAX_PASSES):
         missing = missing_parts(run)
         if not missing:
             break
+        images = sum(map(run.plan.rows_of, missing))
         logger.info(
             "run %s: %s of %s images in %d of %d parts to label",
             run.id,
-            f"{sum(map(run.plan.rows_of, missing)):,}",
+            f"{images:,}",
             f"{run.plan.rows:,}",
             len(missing),
             run.plan.num_parts,
         )
         if not is_mine:  # from the other end: the driver that opened the run may be alive
             missing.reverse()
+        measured = measure_run(bundle, job.source, run, missing, job.settings)
         resources.enter_context(ray_cluster(job.settings.cluster))  # the second time it is there
+        if measured is not None and predicted is None:
+            predicted = time.perf_counter() - started
+            predicted += predict_run(measured, job.stages, job.settings, images=images)
         published |= _label(job, missing)
-    return finish_run(run, published)
+    return finish_run(run, published), predicted
 
 
 def _label(job: LabelJob, missing: Sequence[int]) -> dict[int, PublishedPart]:
@@ -193,6 +221,7 @@ def _result(
     settings: ClassifySettings,
     *,
     seconds: float,
+    predicted_seconds: float | None,
 ) -> dict[str, Any]:
     planned = sum(run.plan.rows for run, _ in finished)
     rows, ok, errors = (
@@ -210,6 +239,7 @@ def _result(
         "data": f"{output.uri}/{DATA_FOLDER}",
         "images_per_second": round(rows / seconds, 1),
         "seconds": round(seconds, 1),
+        "predicted_seconds": None if predicted_seconds is None else round(predicted_seconds, 1),
     }
     if not finished:
         logger.info("nothing new: every image is labelled already")

@@ -36,9 +36,7 @@ class LabelJob:
     def stages(self) -> list[Stage]:
         """Where the work is done. Raises ``SettingsError`` when the cluster cannot hold it."""
         settings, arguments = self.settings, {"job": self}
-        if settings.placement == "split" or (
-            settings.placement == "auto" and settings.scaling.use_gpu
-        ):
+        if is_split(settings):
             return split_stages(
                 DecodeActor,
                 PredictActor,
@@ -61,6 +59,12 @@ class LabelJob:
         """The part of a worker that computes."""
         device = set_up_actor(use_gpu=self.settings.scaling.use_gpu)
         return make_predictor(load_bundle(self.model), self.settings, device=device)
+
+
+def is_split(settings: ClassifySettings) -> bool:
+    """Whether some workers decode and others compute."""
+    on_gpu = settings.placement == "auto" and settings.scaling.use_gpu
+    return settings.placement == "split" or on_gpu
 
 
 def make_decoder(

@@ -4,6 +4,7 @@ Flags beat the YAML file, the file beats the defaults; the environment is not re
 """
 
 from cnnray.config.jobs import (
+    BenchSettings,
     ClassifySettings,
     DemoSettings,
     EvaluateSettings,
@@ -32,6 +33,7 @@ from cnnray.config.sections import (
 
 __all__ = [
     "AugmentSettings",
+    "BenchSettings",
     "BudgetSettings",
     "CheckpointSettings",
     "ClassifySettings",

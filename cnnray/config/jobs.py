@@ -159,11 +159,45 @@ class ClassifySettings(JobSettings):
     """time after which an image that is still being decoded is given up (decoder_timeout)"""
     delta: bool = False
     """keep a Delta table over the same files, OUTPUT/_delta_log, too (needs the delta extra)"""
+    dry_run: bool = False
+    """write nothing: say what would be labelled, and predict the time and the cost from a sample"""
+    price_per_hour: PositiveFloat | None = None
+    """USD an hour of one machine, for the cost that dry_run predicts"""
     single_writer: bool = False
     """go on with a store that has no conditional writes: you see to it that nobody else writes"""
     scaling: InferenceScalingSettings = InferenceScalingSettings()
     limits: LimitSettings = LimitSettings()
     budget: BudgetSettings = BudgetSettings()
+
+
+class BenchSettings(JobSettings):
+    """Measure labelling on a sample, in one process without Ray, and predict a run from it."""
+
+    model: str
+    """bundle, local or s3://"""
+    input: str
+    """folder or prefix, table of URIs, S3 Inventory manifest.json, WebDataset tars or dataset"""
+    output: str | None = None
+    """JSON file to write the result to as well, local or s3:// (replaced)"""
+    format: Literal["auto", "folder", "table", "inventory", "webdataset", "idx", "dataset"] = "auto"
+    """kind of input"""
+    columns: ColumnSettings = ColumnSettings()
+    sample: PositiveInt = 256
+    """images to measure, at about, from all over the input"""
+    images: PositiveInt | None = None
+    """images to predict a run for (as many as there are)"""
+    price_per_hour: PositiveFloat | None = None
+    """USD an hour of one machine like this one, for the cost"""
+    batch_size: PositiveInt | None = None
+    """images of one forward pass (64 on a GPU, else 16), as for classify"""
+    embeddings: bool = False
+    """with the input of the network's head, as for classify"""
+    placement: Literal["auto", "fused", "split"] = "auto"
+    """fused: every worker does all; split: CPUs read and decode for the workers (auto: on GPUs)"""
+    decode_workers: PositiveInt | None = None
+    """processes of one CPU that decode, with split (one for each CPU that is left)"""
+    scaling: InferenceScalingSettings = InferenceScalingSettings()
+    limits: LimitSettings = LimitSettings()
 
 
 class VerifySettings(JobSettings):
