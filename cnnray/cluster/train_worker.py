@@ -18,13 +18,15 @@ from cnnray.cluster.runtime import find_cause
 from cnnray.config import TrainSettings
 from cnnray.datasets.order import EpochOrder, assemble, lanes_of, plan_epoch
 from cnnray.errors import NonFiniteLossError, StorageError
+from cnnray.process import keep_freed_memory
 from cnnray.storage import Store
 from cnnray.training.checkpoints import Checkpoint, load_latest, model_tensors, save_checkpoint
 from cnnray.training.loop import EpochData, Trainer, run_epochs
 from cnnray.training.losses import LOSSES
 from cnnray.training.network import Network
-from cnnray.training.optimizers import build_optimizer, learning_rate_factor
+from cnnray.training.optimizers import build_optimizer, learning_rate_factor, restore_optimizer
 from cnnray.training.order_log import log_order
+from cnnray.training.prefetch import prefetch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     set_up_data_context(stall_seconds=settings.cluster.stall_seconds, preserve_order=True)
+    keep_freed_memory()
     torch.set_num_threads(job.threads)
     if rank == 0:
         logging.getLogger("cnnray").addHandler(BoardHandler(job.board))
@@ -93,7 +96,7 @@ def _build_trainer(job: TrainJob, checkpoint: Checkpoint | None) -> Trainer:
     model = ray.train.torch.prepare_model(classifier)
     optimizer = build_optimizer(model, **settings.optimizer.model_dump())
     if checkpoint is not None:
-        optimizer.load_state_dict(checkpoint.optimizer)
+        restore_optimizer(optimizer, checkpoint.optimizer)
     order = _order(job, epoch=0)
 
     def learning_rate(step: int) -> float:
@@ -139,7 +142,7 @@ def _epoch_feeder(
 
     def feed(epoch: int) -> EpochData:
         order = _order(job, epoch=epoch)
-        batches = assemble(order, blocks, lanes=lanes)
+        batches = prefetch(assemble(order, blocks, lanes=lanes))
         if job.order_log is not None:
             batches = log_order(
                 batches, store=job.order_log, epoch=epoch, rank=rank, num_workers=num_workers

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from torch import nn, optim
+import torch
+from torch import Tensor, nn, optim
 
 
 def build_optimizer(
     model: nn.Module, *, name: str, lr: float, weight_decay: float = 0.0, momentum: float = 0.9
 ) -> optim.Optimizer:
-    """Adam, AdamW or SGD with Nesterov momentum over the parameters that are trained.
+    """Adam, AdamW or SGD with Nesterov momentum over the parameters that are trained, fused.
 
     Biases and normalisation parameters (all that have one dimension) are not decayed, as in
     Goyal et al. 2017 and He et al. 2019.
@@ -22,12 +24,25 @@ def build_optimizer(
     ]
     groups = [group for group in groups if group["params"]]
     if name == "adam":
-        return optim.Adam(groups, lr=lr)
+        return optim.Adam(groups, lr=lr, fused=True)
     if name == "adamw":
-        return optim.AdamW(groups, lr=lr)
+        return optim.AdamW(groups, lr=lr, fused=True)
     if name == "sgd":
-        return optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+        return optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True)
     raise ValueError(f"unknown optimizer {name}")
+
+
+def restore_optimizer(optimizer: optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a ``state_dict``, each tensor in the memory format of its parameter.
+
+    The fused optimizers of torch 2.14 go through memory as it lies: a channels-last weight and a
+    contiguous moment of it would be paired wrongly, and nothing would say so.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                moments[name] = torch.empty_like(parameter).copy_(value)
 
 
 def learning_rate_factor(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from cnnray.training.optimizers import build_optimizer, learning_rate_factor
+from cnnray.training.optimizers import build_optimizer, learning_rate_factor, restore_optimizer
 
 
 def network() -> nn.Sequential:
@@ -102,3 +103,27 @@ def test_constant_stays_at_the_peak_after_warm_up() -> None:
 def test_short_runs_have_a_learning_rate_too(total: int, warmup: int) -> None:
     values = [factor(step, total=total, warmup=warmup) for step in range(total)]
     assert all(0 < value <= 1 for value in values)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_a_restored_optimizer_goes_on_as_the_saved_one_in_any_memory_format(name: str) -> None:
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            gradient = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)  # as autograd lays it
+        optimizer.step()
+
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(model, name=name, lr=0.1)
+    step(model, optimizer, 1)
+    state = copy.deepcopy(optimizer.state_dict())
+    for moments in state["state"].values():  # as a file gives them back
+        moments |= {key: value.contiguous() for key, value in moments.items()}
+    resumed = copy.deepcopy(model)
+    restored = build_optimizer(resumed, name=name, lr=0.1)
+    restore_optimizer(restored, state)
+    step(model, optimizer, 2)
+    step(resumed, restored, 2)
+    for ours, theirs in zip(resumed.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
