@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from cnnray.errors import AccessDeniedError, StorageError, UnavailableError
 from cnnray.storage import retry
 from cnnray.storage.base import READ_CONCURRENCY
+from cnnray.storage.fast_read import FastReader, fault_of
 from cnnray.storage.replies import (
     Fault,
     check_body,
@@ -44,18 +45,62 @@ class Connection:
 
     filesystem: Any  # of s3fs, which closes the client's sockets when it is collected
     client: Any
+    fast: FastReader
     pacer: Pacer
     reached: bool = False
 
+    def read_fast(
+        self,
+        *,
+        bucket: str,
+        key: str,
+        deadline: Deadline,
+        offset: int,
+        length: int | None,
+        if_match: str | None,
+    ) -> bytes | Fault | None:
+        """What one try of the fast reader brought: bytes that are right, or the fault that it met.
+
+        None when it was not tried, or met what ``request`` has to name. A fault goes to
+        ``request`` as an attempt that was made.
+        """
+        source = self.fast.bucket(bucket, key, length)
+        if source is None:
+            return None
+        try:
+            with self.pacer.slot(deadline.left()):
+                if deadline.left() < SILENCE_SECONDS:  # which a try may take
+                    return None
+                data = source.read(key, offset=offset, length=length, if_match=if_match)
+        except Exception as error:
+            fault = fault_of(error)
+            if fault is Fault.THROTTLED:
+                self.pacer.slow_down()
+            return fault
+        self.reached = True
+        self.pacer.succeeded()
+        return data
+
     def request(
-        self, method: str, *, bucket: str, key: str | None, deadline: Deadline, **arguments: Any
+        self,
+        method: str,
+        *,
+        bucket: str,
+        key: str | None,
+        deadline: Deadline,
+        earlier: Fault | None = None,
+        **arguments: Any,
     ) -> tuple[dict[str, Any], bytes]:
         """The reply of one S3 operation and its whole body, after as many attempts as it takes.
 
-        Raises what ``storage_error`` makes of a permanent answer, and ``UnavailableError``.
+        ``earlier`` is how an attempt before these failed. Raises what ``storage_error`` makes of a
+        permanent answer, and ``UnavailableError``.
         """
         arguments |= {"Bucket": bucket} | ({} if key is None else {"Key": key})
         faults: list[Fault] = []
+        if earlier is not None:
+            faults.append(earlier)
+            time.sleep(retry.delay_seconds(1))
         while True:
             try:
                 with self.pacer.slot(deadline.left()):
@@ -172,7 +217,10 @@ def _open() -> Connection:
             "credentials in the address of the object store are refused",
             hint="take them out of AWS_ENDPOINT_URL; use the AWS environment or a profile",
         )
-    return Connection(filesystem=filesystem, client=client, pacer=Pacer(READ_CONCURRENCY))
+    fast = FastReader(filesystem, client, seconds=SILENCE_SECONDS, connect_seconds=CONNECT_SECONDS)
+    return Connection(
+        filesystem=filesystem, client=client, fast=fast, pacer=Pacer(READ_CONCURRENCY)
+    )
 
 
 def _no_client(error: Exception) -> StorageError:

@@ -99,13 +99,14 @@ def test_a_larger_object_may_take_longer(
 
 
 @pytest.mark.parametrize("method", ["read", "head", "delete", "open"])
-def test_what_is_denied_is_asked_once(chaos: Any, chaos_store: Store, method: str) -> None:
+def test_what_is_denied_is_not_asked_again(chaos: Any, chaos_store: Store, method: str) -> None:
     chaos_store.write("key", DATA)
     chaos.server.set_rules({"action": "access_denied"})
     before = len(chaos.operations())
     with pytest.raises(AccessDeniedError, match=r"access denied: s3://.*/key"):
         getattr(chaos_store, method)("key")
-    assert len(chaos.operations()) == before + 1
+    # A read that the fast reader is denied is asked once more, by the client that says why.
+    assert len(chaos.operations()) == before + (2 if method == "read" else 1)
 
 
 def test_wrong_bytes_are_read_again(chaos: Any, chaos_store: Store) -> None:
