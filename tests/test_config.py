@@ -12,6 +12,7 @@ import yaml
 
 from cnnray import config
 from cnnray.config import (
+    BenchSettings,
     BudgetSettings,
     ClassifySettings,
     DemoSettings,
@@ -29,6 +30,7 @@ JOBS = (
     TrainSettings,
     EvaluateSettings,
     ClassifySettings,
+    BenchSettings,
     VerifySettings,
     DemoSettings,
 )

@@ -71,8 +71,9 @@ def take_sample(listing: Iterable[pa.Table], *, size: int) -> tuple[int, pa.Tabl
         numbers = np.arange(listed, listed + table.num_rows) // run_rows
         listed += table.num_rows
         chosen = numbers % step == 0
-        table = table.select(PLAN_SCHEMA.names).filter(pa.array(chosen))
-        kept, runs = pa.concat_tables([kept, table]), np.append(runs, numbers[chosen])
+        if chosen.any():
+            table = table.select(PLAN_SCHEMA.names).filter(pa.array(chosen))
+            kept, runs = pa.concat_tables([kept, table]), np.append(runs, numbers[chosen])
         while len(kept) > 2 * SAMPLE_RUNS * run_rows:
             step *= 2
             chosen = runs % step == 0

@@ -10,7 +10,7 @@ import pytest
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-@pytest.mark.parametrize("name", ["pack", "train", "evaluate", "classify"])
+@pytest.mark.parametrize("name", ["pack", "train", "evaluate", "classify", "bench"])
 def test_help_is_printed_without_starting_anything(name, run):
     done = run("python", f"jobs/{name}.py", "--help", seconds=60)
     assert done.returncode == 0
@@ -27,6 +27,8 @@ def test_help_is_printed_without_starting_anything(name, run):
         ("train --data {0}/none --output {0}/out", "no dataset at {0}/none"),
         ("evaluate --model {0} --data {0} --output {0}/out", "no bundle at {0}"),
         ("classify --input {0} --output {0}/out", "--model is required"),
+        ("bench --model {0} --input {0} --output {0}/out", "no bundle at {0}"),
+        ("bench --model {0} --input {0} --images 0", "--images: "),
     ],
 )
 def test_a_mistake_ends_in_two_lines_and_exit_code_2_and_writes_nothing(
