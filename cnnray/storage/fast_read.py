@@ -1,4 +1,4 @@
-"""Reads of objects by a client in Rust, at a fifth of the CPU time of botocore's.
+"""Reads of objects by a client in Rust, at under a third of the CPU time of botocore's.
 
 One try at an object, and no more: whatever is out of the ordinary is left to
 ``Connection.request``, which asks again and alone decides what it means. Address, region and

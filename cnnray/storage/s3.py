@@ -31,7 +31,7 @@ DIGEST_KEY = "cnnray-sha256"
 
 @dataclass(frozen=True)
 class S3Store:
-    """A prefix of an S3 bucket, by s3fs's client and a faster one for reading, in the AWS environment."""
+    """A prefix of an S3 bucket, through the AWS environment: s3fs's client and one to read fast."""
 
     bucket: str
     prefix: str
