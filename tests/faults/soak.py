@@ -45,6 +45,7 @@ from soak_checks import READERS, Witness, find_differences, poll
 
 PART_ROWS, CHUNK_ROWS = 50, 10
 KILLS_A_RUN = 2  # of workers: a worker may be restarted three times
+CHUNKS_A_WORKER = 2  # that are with it at a time, at most: one at work, one that waits
 KILLS_A_NIGHT = 2
 IDLE_SECONDS = 30
 REAP_SECONDS = 30
@@ -217,20 +218,25 @@ def state_of(table: Path, rows: int) -> str:
 
 def prove_workers(soak: Soak, count: int) -> str:
     """Workers are killed at any moment of their lives: half while they start, half at work."""
-    killed, runs = 0, 0
-    while killed < count:
-        table = soak.new_table()
-        with soak.start(table) as job:
-            for _ in range(min(KILLS_A_RUN, count - killed)):
-                if not kill_a_worker(soak, job, table):
-                    break
-                killed += 1
-                soak.say(f"kill {killed} of {count}, {len(parts_of(table))} parts were there")
-            soak.require_success(job)
-        soak.require_whole(table)
-        runs += 1
-        soak.say(f"table {runs} is whole")
-    return f"{killed} workers killed in {runs} runs, all tables whole"
+    killed, runs, again = 0, 0, 0
+    with closing(ReadCounter(soak.images)) as counter:
+        while killed < count:
+            table, before = soak.new_table(), killed
+            with soak.start(table) as job:
+                for _ in range(min(KILLS_A_RUN, count - killed)):
+                    if not kill_a_worker(soak, job, table):
+                        break
+                    killed += 1
+                    soak.say(f"kill {killed} of {count}, {len(parts_of(table))} parts were there")
+                soak.require_success(job)
+            soak.require_whole(table)
+            runs += 1
+            reads = counter.take()
+            again += (twice := reads.total() - len(reads))
+            in_flight = (killed - before) * CHUNKS_A_WORKER * CHUNK_ROWS
+            soak.require(twice <= in_flight, f"{twice} images were read again, above {in_flight}")
+            soak.say(f"table {runs} is whole, {twice} images were read again")
+    return f"{killed} workers killed in {runs} runs, all tables whole, {again} images read again"
 
 
 def kill_a_worker(soak: Soak, job: Job, table: Path) -> bool:
