@@ -226,7 +226,7 @@ def test_a_sample_has_its_size_and_is_from_all_over_the_listing(rows: int, table
     assert 64 - 15 <= len(places) <= 64 if rows > 64 else len(places) == rows
     if rows > 1000:
         assert places[0] == 0
-        assert places[-1] > 0.6 * rows
+        assert places[-1] > 0.75 * rows
 
 
 def test_a_sample_is_made_of_runs_of_neighbours() -> None:
