@@ -22,7 +22,7 @@ from cnnray.process import keep_freed_memory
 from cnnray.storage import Store
 from cnnray.training.checkpoints import Checkpoint, load_latest, model_tensors, save_checkpoint
 from cnnray.training.loop import EpochData, Trainer, run_epochs
-from cnnray.training.losses import LOSSES
+from cnnray.training.losses import build_loss
 from cnnray.training.network import Network
 from cnnray.training.optimizers import build_optimizer, learning_rate_factor, restore_optimizer
 from cnnray.training.order_log import log_order
@@ -112,7 +112,8 @@ def _build_trainer(job: TrainJob, checkpoint: Checkpoint | None) -> Trainer:
     return Trainer(
         model=model,
         optimizer=optimizer,
-        loss=LOSSES[settings.loss.name],
+        loss=build_loss(**settings.loss.model_dump()),
+        eval_loss=build_loss(settings.loss.name, focal_gamma=settings.loss.focal_gamma),
         learning_rate=learning_rate,
         device=device,
         step=checkpoint.step if checkpoint else 0,

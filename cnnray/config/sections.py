@@ -212,8 +212,12 @@ class ScheduleSettings(Section):
 class LossSettings(Section):
     """The loss."""
 
-    name: Literal["cross_entropy", "mse"] = "cross_entropy"
-    """cross_entropy, or the tutorial's mean squared error of the softmax outputs"""
+    name: Literal["cross_entropy", "mse", "focal", "bce"] = "cross_entropy"
+    """cross_entropy, focal, bce (a yes or no for each class) or mse of the softmax outputs"""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """part of each training target that is spread over all classes"""
+    focal_gamma: Annotated[float, Field(ge=0.0, le=10.0)] = 2.0
+    """how much less easy samples count in focal (0: no less, the cross-entropy)"""
 
 
 class CheckpointSettings(Section):

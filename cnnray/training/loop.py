@@ -75,6 +75,12 @@ class Trainer:
     learning_rate: Callable[[int], float]  # of a 0-based step
     device: torch.device
     step: int = 0
+    eval_loss: Loss | None = None  # of validation, where it is not the training's
+
+    @property
+    def validation_loss(self) -> Loss:
+        """The loss without what only regularises training, such as label smoothing."""
+        return self.eval_loss or self.loss
 
 
 @dataclass(frozen=True)
@@ -184,7 +190,7 @@ def evaluate(trainer: Trainer, batches: Iterable[Batch], *, reduce: Reduce) -> T
         for batch in batches:
             image, label = _to_device(batch, trainer.device)
             logits = model(image)
-            sums += _count(logits, trainer.loss(logits, label), label)
+            sums += _count(logits, trainer.validation_loss(logits, label), label)
     return Tally(*reduce(sums).tolist())
 
 

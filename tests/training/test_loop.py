@@ -282,3 +282,16 @@ def test_three_steps_give_the_losses_that_they_always_gave(
         )
         losses.append(result.train_loss)
     assert losses == pytest.approx([0.885557, 0.672089, 0.676979], abs=1e-5)
+
+
+def test_validation_is_measured_without_what_regularises_training(
+    make_trainer: MakeTrainer, make_batch: MakeBatch
+) -> None:
+    trainer = make_trainer(lr=0.0)
+    plain = trainer.loss
+    trainer.loss = lambda logits, label: plain(logits, label) + 10
+    trainer.eval_loss = plain
+    batch = make_batch(8, seed=1)
+    data = EpochData([batch], np.array([8]), [batch])
+    [result] = run_epochs(trainer, first_epoch=0, epochs=1, data=lambda _: data, seed=0)
+    assert result.train_loss == pytest.approx(result.val_loss + 10)
