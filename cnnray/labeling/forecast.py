@@ -98,9 +98,7 @@ def forecast(
     ``start_seconds`` pass between the two, when there is something to label.
     """
     busy = max(1, -(-images // workers.chunk_rows))  # chunks: more workers would have nothing
-    places = [
-        (min(count, busy), stages) for count, stages in _places(times, workers) if count and stages
-    ]
+    places = [(min(count, busy), stages) for count, stages in _places(times, workers)]
     paces = [sum(stages.values()) / count for count, stages in places]  # seconds an image
     pace = max(paces)
     _, stages = places[paces.index(pace)]

@@ -14,6 +14,8 @@ from cnnray.cluster import estimate
 from cnnray.cluster.classify import classify
 from cnnray.config import ClassifySettings
 from cnnray.errors import ConflictError, DataError, SettingsError
+from cnnray.labeling.forecast import StageTimes
+from cnnray.labeling.measure import Measurement
 from cnnray.labeling.runs import begin_run, claim_table
 from cnnray.storage import open_store
 
@@ -127,6 +129,24 @@ def test_workers_are_as_many_as_the_machine_holds_and_machines_as_many_as_they_n
 ):
     found = estimate.local_crew(settings(cluster={"num_cpus": 4}, **changes))
     assert (found.workers.decode, found.workers.infer, found.machines) == crew
+
+
+def test_requests_are_counted_and_priced_for_images_in_s3_alone(settings, caplog):
+    caplog.set_level(logging.INFO, "cnnray")
+    times = StageTimes(0.0, 1e-3, 1e-4, 1e-3, 1e-3, 0.0, 1e-2, 1e-5)
+    measured = Measurement(times, images=100, bad=2, bytes_per_image=110_000.0)
+
+    def predict(where: str) -> dict[str, Any]:
+        job = settings(input=where)
+        return estimate.estimate(
+            measured, estimate.local_crew(job), job, images=10**6, listed=2 * 10**6
+        )
+
+    found = predict("s3://bucket/photos")
+    assert found["requests"] == {"list": 2000, "get": 10**6 + 4, "head": 50_000, "put": 25_008}
+    assert found["requests_usd"] == pytest.approx(0.01 + 0.4 + 0.02 + 0.125, abs=0.001)
+    assert "at most 2,000 LIST, 1,000,004 GET, 50,000 HEAD, 25,008 PUT: 0.56 USD" in caplog.text
+    assert "requests" not in predict("photos")
 
 
 @pytest.mark.ray
