@@ -234,6 +234,17 @@ def test_splits_must_leave_something_to_train_on() -> None:
         load_settings(PackSettings, flags)
 
 
+@pytest.mark.parametrize(
+    ("method", "loss"), [("focal", "mse"), ("logit_adjustment", "bce"), ("focal", "bce")]
+)
+def test_a_method_for_imbalance_that_the_loss_cannot_take_is_refused(
+    method: str, loss: str
+) -> None:
+    message = problem("--imbalance.method", method, "--loss.name", loss)
+    assert f"imbalance.method {method} does not go with loss.name {loss}" in message
+    train("--imbalance.method", method)  # with the loss as it is by default
+
+
 def test_a_config_flag_without_a_file_is_refused() -> None:
     assert problem("--config") == "--config needs a file"
 

@@ -21,8 +21,9 @@ from cnnray.errors import NonFiniteLossError, StorageError
 from cnnray.process import keep_freed_memory
 from cnnray.storage import Store
 from cnnray.training.checkpoints import Checkpoint, load_latest, model_tensors, save_checkpoint
+from cnnray.training.imbalance import balance_loss
 from cnnray.training.loop import EpochData, Trainer, run_epochs
-from cnnray.training.losses import build_loss
+from cnnray.training.losses import Loss, build_loss
 from cnnray.training.network import Network
 from cnnray.training.optimizers import build_optimizer, learning_rate_factor, restore_optimizer
 from cnnray.training.order_log import log_order
@@ -112,11 +113,26 @@ def _build_trainer(job: TrainJob, checkpoint: Checkpoint | None) -> Trainer:
     return Trainer(
         model=model,
         optimizer=optimizer,
-        loss=build_loss(**settings.loss.model_dump()),
-        eval_loss=build_loss(settings.loss.name, focal_gamma=settings.loss.focal_gamma),
+        loss=_build_loss(job, device, label_smoothing=settings.loss.label_smoothing),
+        eval_loss=_build_loss(job, device, label_smoothing=0.0),
         learning_rate=learning_rate,
         device=device,
         step=checkpoint.step if checkpoint else 0,
+    )
+
+
+def _build_loss(job: TrainJob, device: torch.device, *, label_smoothing: float) -> Loss:
+    settings = job.settings
+    loss = build_loss(
+        "focal" if settings.imbalance.method == "focal" else settings.loss.name,
+        label_smoothing=label_smoothing,
+        focal_gamma=settings.loss.focal_gamma,
+    )
+    return balance_loss(
+        loss,
+        **settings.imbalance.model_dump(),
+        class_counts=job.train.split.class_counts,
+        device=device,
     )
 
 

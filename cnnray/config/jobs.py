@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from cnnray.config.sections import (
@@ -14,6 +14,7 @@ from cnnray.config.sections import (
     ClusterSettings,
     ColumnSettings,
     ImageSettings,
+    ImbalanceSettings,
     InferenceScalingSettings,
     IngestSettings,
     LimitSettings,
@@ -99,6 +100,7 @@ class TrainSettings(JobSettings):
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     loss: LossSettings = LossSettings()
+    imbalance: ImbalanceSettings = ImbalanceSettings()
     scaling: ScalingSettings = ScalingSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     limits: LimitSettings = LimitSettings()
@@ -106,6 +108,14 @@ class TrainSettings(JobSettings):
     """folder to write (epoch, step, rank, key) of every sample to, as Parquet"""
     overwrite: bool = False
     """start anew: remove the bundle and this run's checkpoints at output first"""
+
+    @model_validator(mode="after")
+    def _imbalance_fits_the_loss(self) -> TrainSettings:
+        method, loss = self.imbalance.method, self.loss.name
+        takes = {"focal": ("cross_entropy", "focal"), "logit_adjustment": ("cross_entropy",)}
+        if loss not in takes.get(method, (loss,)):
+            raise ValueError(f"imbalance.method {method} does not go with loss.name {loss}")
+        return self
 
 
 class EvaluateSettings(JobSettings):
