@@ -245,6 +245,22 @@ def test_a_method_for_imbalance_that_the_loss_cannot_take_is_refused(
     train("--imbalance.method", method)  # with the loss as it is by default
 
 
+def test_milestones_are_a_list_of_fractions() -> None:
+    assert train("--schedule.milestones", "0.3,0.6,0.9").schedule.milestones == (0.3, 0.6, 0.9)
+    assert "schedule.milestones" in problem("--schedule.milestones", "0.3,30")
+
+
+def test_one_cycle_has_no_other_warm_up() -> None:
+    message = problem("--schedule.name", "one_cycle", "--schedule.warmup_epochs", "1")
+    assert "leave warmup_epochs out" in message
+
+
+@pytest.mark.parametrize("flags", [(), ("--model.weights", "w", "--model.freeze", "backbone")])
+def test_frozen_epochs_are_for_fine_tuning(flags: tuple[str, ...]) -> None:
+    assert "it needs weights and freeze none" in problem("--model.frozen_epochs", "2", *flags)
+    train("--model.frozen_epochs", "2", "--model.weights", "w")
+
+
 def test_a_config_flag_without_a_file_is_refused() -> None:
     assert problem("--config") == "--config needs a file"
 

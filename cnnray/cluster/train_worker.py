@@ -21,13 +21,15 @@ from cnnray.errors import NonFiniteLossError, StorageError
 from cnnray.process import keep_freed_memory
 from cnnray.storage import Store
 from cnnray.training.checkpoints import Checkpoint, load_latest, model_tensors, save_checkpoint
+from cnnray.training.freezing import FrozenEpochs
 from cnnray.training.imbalance import balance_loss
 from cnnray.training.loop import EpochData, Trainer, run_epochs
 from cnnray.training.losses import Loss, build_loss
 from cnnray.training.network import Network
-from cnnray.training.optimizers import build_optimizer, learning_rate_factor, restore_optimizer
+from cnnray.training.optimizers import build_optimizer, restore_optimizer
 from cnnray.training.order_log import log_order
 from cnnray.training.prefetch import prefetch
+from cnnray.training.schedules import learning_rate_factor, peak_learning_rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,29 +97,35 @@ def _build_trainer(job: TrainJob, checkpoint: Checkpoint | None) -> Trainer:
         classifier.load_state_dict(checkpoint.model)
     classifier = classifier.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = ray.train.torch.prepare_model(classifier)
-    optimizer = build_optimizer(model, **settings.optimizer.model_dump())
+    optimizer = build_optimizer(
+        model, **settings.optimizer.model_dump(exclude={"clip_norm", "lr_reference_batch"})
+    )
     if checkpoint is not None:
         restore_optimizer(optimizer, checkpoint.optimizer)
     order = _order(job, epoch=0)
 
-    def learning_rate(step: int) -> float:
-        factor = learning_rate_factor(
-            step,
-            name=settings.schedule.name,
-            total_steps=order.num_steps * settings.epochs,
-            warmup_steps=round(order.num_steps * settings.schedule.warmup_epochs),
-            min_fraction=settings.schedule.min_fraction,
-        )
-        return settings.optimizer.lr * factor
-
+    schedule = settings.schedule.model_dump(exclude={"warmup_epochs"}) | {
+        "total_steps": order.num_steps * settings.epochs,
+        "warmup_steps": round(order.num_steps * settings.schedule.warmup_epochs),
+    }
+    peak = peak_learning_rate(
+        settings.optimizer.lr,
+        global_batch_size=settings.global_batch_size,
+        reference_batch=settings.optimizer.lr_reference_batch,
+    )
     return Trainer(
         model=model,
         optimizer=optimizer,
         loss=_build_loss(job, device, label_smoothing=settings.loss.label_smoothing),
         eval_loss=_build_loss(job, device, label_smoothing=0.0),
-        learning_rate=learning_rate,
+        learning_rate=lambda step: peak * learning_rate_factor(step, **schedule),
         device=device,
         step=checkpoint.step if checkpoint else 0,
+        accumulate_steps=settings.accumulate_steps,
+        clip_norm=settings.optimizer.clip_norm,
+        freeze=FrozenEpochs(classifier, epochs=settings.model.frozen_epochs)
+        if settings.model.frozen_epochs
+        else None,
     )
 
 

@@ -13,6 +13,7 @@ from cnnray.config.sections import (
     CheckpointSettings,
     ClusterSettings,
     ColumnSettings,
+    EngineSettings,
     ImageSettings,
     ImbalanceSettings,
     InferenceScalingSettings,
@@ -91,6 +92,8 @@ class TrainSettings(JobSettings):
     """passes over the training split"""
     global_batch_size: PositiveInt = 32
     """samples of one optimizer step, over all workers"""
+    accumulate_steps: PositiveInt = 1
+    """passes that a worker cuts its part of a batch into, for less memory: the order stays"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """of the initial weights, the sample order, augmentation and dropout"""
     model: ModelSettings = ModelSettings()
@@ -175,6 +178,7 @@ class ClassifySettings(JobSettings):
     """USD an hour of one machine, for the cost that dry_run predicts"""
     single_writer: bool = False
     """go on with a store that has no conditional writes: you see to it that nobody else writes"""
+    engine: EngineSettings = EngineSettings()
     scaling: InferenceScalingSettings = InferenceScalingSettings()
     limits: LimitSettings = LimitSettings()
     budget: BudgetSettings = BudgetSettings()

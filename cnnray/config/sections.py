@@ -110,6 +110,19 @@ class InferenceScalingSettings(Section):
     """CPUs reserved for each actor; also its torch threads"""
 
 
+class EngineSettings(Section):
+    """What computes the labels; other engines than eager are compared with it before they start."""
+
+    name: Literal["auto", "eager", "compile", "onnxruntime", "openvino"] = "auto"
+    """eager, compile (for GPUs), or on CPUs onnxruntime or openvino, which are extras (eager)"""
+    precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """int8 is quantised on images of the run (fp32; on a GPU bf16 if the labels stay)"""
+    min_agreement: Fraction = 0.99
+    """fraction of a sample that must have the label of eager in fp32; below it the job ends"""
+    sample: PositiveInt = 256
+    """images to compare, at most (as many again to quantise)"""
+
+
 class SplitSettings(Section):
     """Fractions that a stable hash of the key assigns when the source names no split."""
 
@@ -134,6 +147,14 @@ class ModelSettings(Section):
     """safetensors file to start from, local or s3://; the head is replaced when it does not fit"""
     freeze: Literal["none", "backbone"] = "none"
     """backbone: train the head only"""
+    frozen_epochs: Annotated[int, Field(ge=0)] = 0
+    """first epochs in which the head alone is trained (0: none)"""
+
+    @model_validator(mode="after")
+    def _frozen_once(self) -> ModelSettings:
+        if self.frozen_epochs > 0 and (self.weights is None or self.freeze == "backbone"):
+            raise ValueError("frozen_epochs is for fine-tuning: it needs weights and freeze none")
+        return self
 
 
 class ImageSettings(Section):
@@ -191,22 +212,38 @@ class OptimizerSettings(Section):
     name: Literal["adam", "adamw", "sgd"] = "adam"
     """adam, adamw or sgd (with Nesterov momentum)"""
     lr: PositiveFloat = 0.001
-    """peak learning rate, for the global batch"""
+    """peak learning rate, for the global batch (or for lr_reference_batch)"""
+    lr_reference_batch: PositiveInt | None = None
+    """samples that lr is meant for: it is scaled linearly to global_batch_size (not scaled)"""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """decay of weights (not of biases and normalisation layers)"""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """momentum of sgd"""
+    clip_norm: PositiveFloat | None = None
+    """largest norm of the gradient of all parameters together (not clipped)"""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """for fine-tuning: the learning rate of each layer, fraction of the next one's"""
 
 
 class ScheduleSettings(Section):
     """The learning rate over time."""
 
-    name: Literal["constant", "cosine"] = "constant"
-    """constant, or cosine to min_fraction of the peak"""
+    name: Literal["constant", "cosine", "step", "one_cycle"] = "constant"
+    """constant, cosine, step (times gamma at milestones) or one_cycle (up for 30 % of the steps)"""
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0
     """epochs of linear warm-up"""
     min_fraction: Fraction = 0.0
-    """last learning rate of cosine, fraction of the peak"""
+    """last learning rate of cosine and one_cycle, fraction of the peak"""
+    milestones: tuple[Fraction, ...] = (0.5, 0.75)
+    """of step: fractions of the training"""
+    gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    """of step: factor at each milestone"""
+
+    @model_validator(mode="after")
+    def _one_rise(self) -> ScheduleSettings:
+        if self.name == "one_cycle" and self.warmup_epochs > 0:
+            raise ValueError("one_cycle has a warm-up of its own: leave warmup_epochs out")
+        return self
 
 
 class LossSettings(Section):

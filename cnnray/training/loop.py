@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn, optim
 
 from cnnray.datasets.order import Batch
 from cnnray.errors import NonFiniteLossError
+from cnnray.training.freezing import FrozenEpochs
 from cnnray.training.losses import Loss
 from cnnray.training.progress import Meter, Progress
 
@@ -76,6 +78,9 @@ class Trainer:
     device: torch.device
     step: int = 0
     eval_loss: Loss | None = None  # of validation, where it is not the training's
+    accumulate_steps: int = 1  # passes that this rank's part of a global batch is cut into
+    clip_norm: float | None = None  # of the gradient of all parameters together, at most
+    freeze: FrozenEpochs | None = None
 
     @property
     def validation_loss(self) -> Loss:
@@ -114,6 +119,8 @@ def run_epochs(
         started = time.perf_counter()
         epoch_data = data(epoch)
         torch.manual_seed(_mix(seed, epoch, rank))
+        if trainer.freeze is not None:
+            trainer.freeze.begin_epoch(epoch)
         meter = Meter(
             epoch=epoch,
             epochs=epochs,
@@ -139,7 +146,7 @@ def run_epochs(
             train_accuracy=tally.accuracy,
             val_loss=validation.loss if has_validation else None,
             val_accuracy=validation.accuracy if has_validation else None,
-            learning_rate=trainer.optimizer.param_groups[0]["lr"],
+            learning_rate=max(group["lr"] for group in trainer.optimizer.param_groups),
             samples_per_second=tally.num_samples / train_seconds,
             data_wait_fraction=meter.wait_seconds / train_seconds,
             seconds=time.perf_counter() - started,
@@ -170,15 +177,32 @@ def _train_step(trainer: Trainer, batch: Batch, *, divisor: float) -> Tensor:
     """One optimizer update; returns (loss sum, correct, samples) of this rank's samples."""
     lr = trainer.learning_rate(trainer.step)
     for group in trainer.optimizer.param_groups:
-        group["lr"] = lr
-    image, label = _to_device(batch, trainer.device)
-    logits = trainer.model(image)  # (B, K)
-    losses = trainer.loss(logits, label)  # (B,)
+        group["lr"] = lr * group["lr_scale"]
     trainer.optimizer.zero_grad(set_to_none=True)
-    (losses.sum() / divisor).backward()  # type: ignore[no-untyped-call]
+    sums = _add_gradients(trainer, batch, divisor=divisor)
+    if trainer.freeze is not None:
+        trainer.freeze.drop_gradients()
+    if trainer.clip_norm is not None:  # after DDP's average: the same on all ranks
+        nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.clip_norm)
     trainer.optimizer.step()
     trainer.step += 1
-    return _count(logits.detach(), losses.detach(), label)
+    return sums
+
+
+def _add_gradients(trainer: Trainer, batch: Batch, *, divisor: float) -> Tensor:
+    """Forward and backward in as many passes as memory asks for; DDP averages in the last."""
+    image, label = _to_device(batch, trainer.device)
+    passes = max(1, min(trainer.accumulate_steps, len(label)))
+    pieces = zip(image.tensor_split(passes), label.tensor_split(passes), strict=True)
+    alone = getattr(trainer.model, "no_sync", nullcontext)
+    sums = torch.zeros(3, dtype=torch.float64, device=trainer.device)
+    for number, (image, label) in enumerate(pieces, 1):
+        with alone() if number < passes else nullcontext():
+            logits = trainer.model(image)  # (B, K)
+            losses = trainer.loss(logits, label)  # (B,)
+            (losses.sum() / divisor).backward()  # type: ignore[no-untyped-call]
+        sums += _count(logits.detach(), losses.detach(), label)
+    return sums
 
 
 def evaluate(trainer: Trainer, batches: Iterable[Batch], *, reduce: Reduce) -> Tally:

@@ -1,28 +1,39 @@
-"""Optimizers and learning-rate schedules."""
+"""Optimizers, and how their state is restored."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
 
+from cnnray.training.layers import layer_scales
+
 
 def build_optimizer(
-    model: nn.Module, *, name: str, lr: float, weight_decay: float = 0.0, momentum: float = 0.9
+    model: nn.Module,
+    *,
+    name: str,
+    lr: float,
+    weight_decay: float = 0.0,
+    momentum: float = 0.9,
+    layer_decay: float = 1.0,
 ) -> optim.Optimizer:
     """Adam, AdamW or SGD with Nesterov momentum over the parameters that are trained, fused.
 
     Biases and normalisation parameters (all that have one dimension) are not decayed, as in
-    Goyal et al. 2017 and He et al. 2019.
+    Goyal et al. 2017 and He et al. 2019. Each group's ``lr_scale`` is its part of the learning
+    rate, ``layer_decay`` to the power of the layers up to the last (``layers.layer_scales``).
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    scales = layer_scales(model, decay=layer_decay)
+    members: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            members.setdefault((parameter.ndim <= 1, scales[key]), []).append(parameter)
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": params, "weight_decay": 0.0 if is_flat else weight_decay, "lr_scale": scale}
+        for (is_flat, scale), params in sorted(members.items(), key=lambda item: item[0])
     ]
-    groups = [group for group in groups if group["params"]]
     if name == "adam":
         return optim.Adam(groups, lr=lr, fused=True)
     if name == "adamw":
@@ -43,20 +54,3 @@ def restore_optimizer(optimizer: optim.Optimizer, state: dict[str, Any]) -> None
         for name, value in moments.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 moments[name] = torch.empty_like(parameter).copy_(value)
-
-
-def learning_rate_factor(
-    step: int, *, name: str, total_steps: int, warmup_steps: int, min_fraction: float
-) -> float:
-    """Fraction of the peak learning rate at a 0-based step.
-
-    Linear warm-up from 1/warmup_steps, then constant, or a half cosine (Loshchilov & Hutter 2017)
-    that ends at ``min_fraction`` on the last step.
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if name == "constant":
-        return 1.0
-    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return min_fraction + (1 - min_fraction) * cosine

@@ -14,8 +14,10 @@ import torch
 
 from cnnray.datasets.order import Batch
 from cnnray.errors import NonFiniteLossError
+from cnnray.models.classifier import Classifier
 from cnnray.storage import open_store
 from cnnray.training.checkpoints import Checkpoint, load_latest, model_tensors, save_checkpoint
+from cnnray.training.freezing import FrozenEpochs
 from cnnray.training.loop import (
     FINITE_CHECK_STEPS,
     EpochData,
@@ -25,6 +27,8 @@ from cnnray.training.loop import (
     evaluate,
     run_epochs,
 )
+from cnnray.training.losses import cross_entropy
+from cnnray.training.optimizers import build_optimizer
 
 MakeTrainer = Callable[..., Trainer]
 MakeBatch = Callable[..., Batch]
@@ -295,3 +299,116 @@ def test_validation_is_measured_without_what_regularises_training(
     data = EpochData([batch], np.array([8]), [batch])
     [result] = run_epochs(trainer, first_epoch=0, epochs=1, data=lambda _: data, seed=0)
     assert result.train_loss == pytest.approx(result.val_loss + 10)
+
+
+def step_once(trainer: Trainer, batch: Batch, *, epoch: int = 0) -> EpochResult:
+    data = EpochData([batch], np.array([len(batch["label"])]), ())
+    [result] = run_epochs(trainer, first_epoch=epoch, epochs=epoch + 1, data=lambda _: data, seed=0)
+    return result
+
+
+def copies(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("passes", [2, 3, 16, 99])
+def test_a_batch_in_several_passes_gives_the_same_step_as_in_one(
+    make_trainer: MakeTrainer, make_batch: MakeBatch, passes: int
+) -> None:
+    whole, cut = make_trainer(optimizer="sgd", lr=0.1), make_trainer(optimizer="sgd", lr=0.1)
+    cut.accumulate_steps = passes
+    sizes: list[int] = []
+    cut.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    batch = make_batch(16, seed=1)
+    one, other = step_once(whole, batch), step_once(cut, batch)
+    assert (len(sizes), sum(sizes)) == (min(passes, 16), 16)
+    assert (other.step, other.train_loss) == (1, pytest.approx(one.train_loss))
+    for name, tensor in copies(whole).items():
+        torch.testing.assert_close(copies(cut)[name], tensor)
+
+
+def test_ddp_averages_once_however_many_passes_a_batch_takes(
+    make_trainer: MakeTrainer, make_batch: MakeBatch
+) -> None:
+    alone, wrapped = make_trainer(optimizer="sgd", lr=0.1), make_trainer(optimizer="sgd", lr=0.1)
+    averages: list[int] = []
+
+    def count(_, bucket):  # torch reads the annotations, which are texts here
+        averages.append(bucket.index())
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        wrapped.model = torch.nn.parallel.DistributedDataParallel(wrapped.model)
+        wrapped.model.register_comm_hook(None, count)
+        wrapped.accumulate_steps = 4
+        batch = make_batch(16, seed=1)
+        step_once(wrapped, batch)
+    finally:
+        torch.distributed.destroy_process_group()
+    step_once(alone, batch)
+    assert averages == [0]
+    for name, tensor in copies(alone).items():
+        torch.testing.assert_close(copies(wrapped)[f"module.{name}"], tensor)
+
+
+def test_a_large_gradient_is_cut_to_the_norm_and_a_small_one_is_left(
+    make_trainer: MakeTrainer, make_batch: MakeBatch
+) -> None:
+    batch = make_batch(16, seed=1)
+
+    def gradient(clip_norm: float | None) -> torch.Tensor:
+        trainer = make_trainer(optimizer="sgd", lr=0.0)
+        trainer.clip_norm = clip_norm
+        step_once(trainer, batch)
+        return torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+
+    whole = gradient(None)
+    norm = float(whole.norm())
+    torch.testing.assert_close(gradient(norm / 4), whole / 4)
+    torch.testing.assert_close(gradient(norm * 4), whole)
+
+
+def test_each_group_learns_at_its_own_part_of_the_rate(
+    make_trainer: MakeTrainer, make_batch: MakeBatch
+) -> None:
+    trainer = make_trainer(optimizer="sgd", lr=0.1)
+    trainer.optimizer = build_optimizer(trainer.model, name="sgd", lr=9.0, layer_decay=0.5)
+    result = step_once(trainer, make_batch(16, seed=1))
+    rates = {group["lr_scale"]: group["lr"] for group in trainer.optimizer.param_groups}
+    assert rates == {0.5: pytest.approx(0.05), 1.0: pytest.approx(0.1)}
+    assert result.learning_rate == 0.1
+
+
+def test_the_backbone_stays_bit_for_bit_until_its_frozen_epochs_are_over(
+    make_batch: MakeBatch,
+) -> None:
+    torch.manual_seed(0)
+    backbone = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3),
+        torch.nn.BatchNorm2d(4),
+        torch.nn.Flatten(),
+        torch.nn.Linear(16, 2),
+    )
+    classifier = Classifier(backbone, mean=[0.5], std=[0.5], head="3")
+    trainer = Trainer(
+        model=classifier,
+        optimizer=build_optimizer(classifier, name="adamw", lr=0.1, weight_decay=0.1),
+        loss=cross_entropy,
+        learning_rate=lambda step: 0.1,
+        device=torch.device("cpu"),
+        freeze=FrozenEpochs(classifier, epochs=1),
+    )
+
+    def moved(epoch: int) -> set[str]:
+        before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
+        step_once(trainer, make_batch(16, seed=1), epoch=epoch)
+        after = classifier.state_dict()
+        return {name for name in before if not torch.equal(before[name], after[name])}
+
+    assert moved(0) == {"backbone.3.weight", "backbone.3.bias"}
+    assert moved(1) >= {"backbone.0.weight", "backbone.1.running_mean", "backbone.3.weight"}

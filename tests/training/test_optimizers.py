@@ -1,15 +1,16 @@
-"""What is decayed, and the learning rate at its turning points."""
+"""What is decayed, what learns how fast, and how an optimizer's state comes back."""
 
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
 from torch import nn
 
-from cnnray.training.optimizers import build_optimizer, learning_rate_factor, restore_optimizer
+from cnnray.models.registry import build_model
+from cnnray.training.layers import layer_scales
+from cnnray.training.optimizers import build_optimizer, restore_optimizer
 
 
 def network() -> nn.Sequential:
@@ -66,45 +67,6 @@ def test_an_unknown_optimizer_is_refused() -> None:
         build_optimizer(nn.Linear(1, 1), name="lion", lr=0.1)
 
 
-def factor(step: int, name: str = "cosine", warmup: int = 10, total: int = 101) -> float:
-    return learning_rate_factor(
-        step, name=name, total_steps=total, warmup_steps=warmup, min_fraction=0.2
-    )
-
-
-@pytest.mark.parametrize(
-    ("step", "expected"),
-    [
-        (0, 1 / 10),
-        (4, 5 / 10),
-        (9, 1.0),  # the end of warm-up
-        (10, 1.0),  # the start of the cosine
-        (55, 0.2 + 0.8 * 0.5),  # half of the way
-        (100, 0.2),  # the last step
-        (500, 0.2),  # beyond it
-    ],
-)
-def test_cosine_with_warm_up(step: int, expected: float) -> None:
-    assert factor(step) == pytest.approx(expected)
-
-
-def test_cosine_follows_its_formula_and_never_rises() -> None:
-    values = [factor(step) for step in range(10, 101)]
-    assert values[30] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 3)) / 2)
-    assert values == sorted(values, reverse=True)
-
-
-def test_constant_stays_at_the_peak_after_warm_up() -> None:
-    assert [factor(step, "constant", warmup=2) for step in (0, 1, 2, 100)] == [0.5, 1, 1, 1]
-    assert [factor(step, "constant", warmup=0) for step in (0, 100)] == [1, 1]
-
-
-@pytest.mark.parametrize(("total", "warmup"), [(1, 0), (5, 5), (5, 9), (6, 5)])
-def test_short_runs_have_a_learning_rate_too(total: int, warmup: int) -> None:
-    values = [factor(step, total=total, warmup=warmup) for step in range(total)]
-    assert all(0 < value <= 1 for value in values)
-
-
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
 def test_a_restored_optimizer_goes_on_as_the_saved_one_in_any_memory_format(name: str) -> None:
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
@@ -127,3 +89,38 @@ def test_a_restored_optimizer_goes_on_as_the_saved_one_in_any_memory_format(name
     step(resumed, restored, 2)
     for ours, theirs in zip(resumed.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_layers_learn_the_slower_the_further_they_are_from_the_head() -> None:
+    model = nn.Module()
+    model.stem = nn.Conv2d(1, 4, 3)
+    model.norm = nn.BatchNorm2d(4)
+    model.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))])
+    model.head = nn.Linear(4, 2)
+    scales = layer_scales(model, decay=0.5)
+    assert {name: scales[name] for name in scales if name.endswith("weight")} == {
+        "stem.weight": 1 / 8,
+        "norm.weight": 1 / 8,  # with the convolution that it follows
+        "blocks.0.weight": 1 / 4,
+        "blocks.1.0.weight": 1 / 2,
+        "blocks.1.1.weight": 1 / 2,
+        "head.weight": 1.0,
+    }
+    optimizer = build_optimizer(model, name="sgd", lr=0.1, layer_decay=0.5)
+    rates = {id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
+    assert {name: rates[id(p)] for name, p in model.named_parameters()} == scales
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"), [("resnet18", 6), ("vit_b_16", 16), ("timm/vit_tiny_patch16_224", 15)]
+)
+def test_the_layers_of_real_networks_are_their_stages_or_blocks(name: str, layers: int) -> None:
+    with torch.device("meta"):
+        model = build_model(name, num_classes=3, channels=3, image_size=224)
+    scales = layer_scales(model, decay=0.5)
+    assert sorted(set(scales.values())) == [0.5**n for n in reversed(range(layers))]
+    assert list(scales.values())[-1] == 1.0
+
+
+def test_without_layer_decay_all_learn_alike() -> None:
+    assert set(layer_scales(network(), decay=1.0).values()) == {1.0}
