@@ -1,8 +1,9 @@
 """Ray Data for training: units of the planned order are read, decoded and augmented by tasks.
 
 Each worker streams the units of its own lanes, in order. (Ray Data's own splitter would deal blocks
-by arrival; see ARCHITECTURE.md, decisions.) A split that is small and the same in every epoch is
-decoded once instead, into Ray's object store, where the workers of a node share it.
+by arrival; see ARCHITECTURE.md, decisions.) A split that is small, and differs between epochs by
+shifts and flips at most, is decoded once instead, into Ray's object store, where the workers of a
+node share it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -22,6 +24,7 @@ from cnnray.datasets.manifest import Split
 from cnnray.datasets.order import Batch, RowGroup, Unit, permutation, row_groups_of
 from cnnray.datasets.shards import read_row_group
 from cnnray.errors import DataError, ImageError
+from cnnray.images.augment import TrainTransform
 from cnnray.storage import Store
 
 PREFETCH_BLOCKS = 4
@@ -33,7 +36,7 @@ UNITS_PER_EXECUTION = 4000
 GET_SECONDS = 300.0
 """For a decoded row group to come from another node."""
 
-Decode = Callable[..., "np.ndarray[Any, Any]"]  # (data, epoch=, key=) -> (C, H, W) uint8
+Decode = Callable[[bytes, str], "np.ndarray[Any, Any]"]  # data and key -> (C, H, W) uint8
 Order = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -55,8 +58,7 @@ class SplitReader:
 
     store: Store
     split: Split
-    decode: Decode
-    is_fixed: bool  # whether decode gives the same in every epoch
+    transform: TrainTransform
     unit_rows: int
     seed: int
     decoded: Mapping[RowGroup, Any] | None = None  # references of batches, once it is decoded
@@ -67,13 +69,17 @@ class SplitReader:
         return row_groups_of([shard.row_groups for shard in self.split.files])
 
     def decode_once(self, *, stall_seconds: float) -> SplitReader:
-        """The same reader with its split decoded, if that ``is_fixed``.
+        """The same reader with its split decoded, if what then is left to do is quick.
 
         Raises ``CnnrayError`` when nothing moves; reading raises what decoding has met.
         """
-        assert self.is_fixed
+        assert self.transform.is_quick
+
+        def prepare(data: bytes, key: str) -> np.ndarray[Any, Any]:
+            return self.transform.prepare(data)
+
         decoded = submit_tasks(
-            lambda group: self.read(Unit(0, group, 0, group.num_rows), epoch=0),
+            lambda group: self.read(Unit(0, group, 0, group.num_rows), prepare),
             self.row_groups,
             stall_seconds=stall_seconds,
         )
@@ -105,7 +111,7 @@ class SplitReader:
         for _, batch in self._stream(own, shuffle=False):
             yield batch
 
-    def read(self, unit: Unit, *, epoch: int, order: Order | None = None) -> Batch:
+    def read(self, unit: Unit, decode: Decode, *, order: Order | None = None) -> Batch:
         """Read and decode the samples of a unit here, in an order of offsets from its start."""
         table = read_row_group(
             self.store,
@@ -117,7 +123,7 @@ class SplitReader:
             table = table.take(order)
         keys = table["key"].to_pylist()
         images = [
-            self._decode(data.as_py(), epoch=epoch, key=key)
+            self._decode(decode, data.as_py(), key)
             for data, key in zip(table["image"], keys, strict=True)
         ]
         return Batch(
@@ -126,9 +132,9 @@ class SplitReader:
             key=np.array(keys, dtype=object),
         )
 
-    def _decode(self, data: bytes, *, epoch: int, key: str) -> np.ndarray[Any, Any]:
+    def _decode(self, decode: Decode, data: bytes, key: str) -> np.ndarray[Any, Any]:
         try:
-            return self.decode(data, epoch=epoch, key=key)
+            return decode(data, key)
         except ImageError as error:
             raise DataError(
                 f"{key!r} of {self.store.uri} cannot be decoded any more: {error}",
@@ -156,12 +162,9 @@ class SplitReader:
             rows: Any = slice(unit.start, unit.stop)
             if (order := self._order(unit, epoch=epoch, shuffle=shuffle)) is not None:
                 rows = unit.start + order
-            yield (
-                unit.lane,
-                Batch(
-                    image=group["image"][rows], label=group["label"][rows], key=group["key"][rows]
-                ),
-            )
+            keys = group["key"][rows]
+            images = self.transform.vary(group["image"][rows], epoch=epoch, keys=keys)
+            yield unit.lane, Batch(image=images, label=group["label"][rows], key=keys)
 
     def _read_ahead(
         self, units: Sequence[tuple[int, Unit]], *, shuffle: bool
@@ -171,7 +174,8 @@ class SplitReader:
         def read(row: dict[str, Any]) -> dict[str, Any]:
             epoch, unit = units[int(row["id"][0])]
             order = self._order(unit, epoch=epoch, shuffle=shuffle)
-            batch = self.read(unit, epoch=epoch, order=order)
+            decode = partial(_augmented, self.transform, epoch)
+            batch = self.read(unit, decode, order=order)
             return {**batch, "lane": np.full(unit.num_rows, unit.lane, dtype=np.int32)}
 
         dataset = ray.data.range(len(units), override_num_blocks=len(units)).map_batches(
@@ -182,3 +186,9 @@ class SplitReader:
         )
         for block in blocks:
             yield int(block["lane"][0]), cast(Batch, block)
+
+
+def _augmented(
+    transform: TrainTransform, epoch: int, data: bytes, key: str
+) -> np.ndarray[Any, Any]:
+    return transform(data, epoch=epoch, key=key)

@@ -1,14 +1,15 @@
 """Random variations of training images: the same for the same (seed, epoch, key), anywhere.
 
-All in uint8 by torchvision.transforms.v2. Its operations draw from torch's default CPU generator
-and from nothing else, so that generator is seeded for each image and put back afterwards.
+All in uint8: shifts and flips by ``geometry``, the rest by torchvision.transforms.v2. What that does
+is drawn from torch's default CPU generator and from nothing else, so that generator is seeded for
+each image and put back afterwards.
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,7 +19,8 @@ from torch import nn
 from torchvision.transforms import v2
 
 from cnnray.images.decode import DEFAULT_LIMITS, DecodeLimits, decode_image
-from cnnray.images.transforms import Preprocessing, as_tensor, fit, min_side
+from cnnray.images.geometry import shift_and_flip
+from cnnray.images.transforms import EvalTransform, Preprocessing, as_tensor, fit, min_side
 
 CROPS = ("center", "random_resized", "random_pad")
 POLICIES = ("none", "randaugment", "trivialaugment")
@@ -105,41 +107,79 @@ class TrainTransform:
         self.augmentation = augmentation
         self.seed = seed
         self.limits = limits
+        size, pad = preprocessing.size, augmentation.pad
+        if augmentation.crop == "random_pad" and pad >= size:  # only so many can be mirrored
+            raise ValueError(f"pad must be smaller than the image, got {pad} for size {size}")
+        self._window = _build_window(preprocessing, augmentation)
         self._steps = _build_steps(preprocessing, augmentation)
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether all that differs between epochs is what ``vary`` does."""
+        return not (self._window or self._steps)
 
     def __call__(self, data: bytes, *, epoch: int, key: str) -> np.ndarray:
         """(C, size, size) uint8, a pure function of the arguments. Raises ``ImageError``."""
-        is_window = self.augmentation.crop == "random_resized"
         decoded = decode_image(
             data,
             channels=self.preprocessing.channels,
             limits=self.limits,
-            min_side=None if is_window else min_side(self.preprocessing),
+            min_side=None if self._window else min_side(self.preprocessing),
         )
         return self.augment(decoded.pixels, epoch=epoch, key=key)
 
     def augment(self, pixels: np.ndarray, *, epoch: int, key: str) -> np.ndarray:
         """The same from decoded (H, W, C) uint8 pixels."""
-        if self.augmentation.crop == "random_resized":
-            image = np.moveaxis(pixels, 2, 0)  # (C, H, W)
-        else:
-            image = fit(pixels, preprocessing=self.preprocessing)
-        if not self._steps:
-            return image
-        augmented = as_tensor(image)
         with _seeded(_image_seed(self.seed, epoch=epoch, key=key)):
+            if self._window:
+                image = self._window(as_tensor(np.moveaxis(pixels, 2, 0))).numpy()
+            else:
+                image = fit(pixels, preprocessing=self.preprocessing)
+            [image] = self.vary(image[None], epoch=epoch, keys=[key])
+            augmented = as_tensor(image)
             for step in self._steps:
                 augmented = step(augmented)
         return np.ascontiguousarray(augmented.numpy())
 
+    def prepare(self, data: bytes) -> np.ndarray:
+        """Decode and fit: (C, size, size) uint8 for ``vary``, if it ``is_quick``."""
+        return EvalTransform(self.preprocessing, self.limits)(data)
+
+    def vary(self, images: np.ndarray, *, epoch: int, keys: Iterable[str]) -> np.ndarray:
+        """Shift and flip (N, C, size, size) images."""
+        how = self.augmentation
+        pad = how.pad if how.crop == "random_pad" else 0
+        if not (pad or how.flip or how.vertical_flip):
+            return images
+        return shift_and_flip(
+            images,
+            keys,
+            seed=self.seed,
+            epoch=epoch,
+            pad=pad,
+            flip=how.flip,
+            vertical_flip=how.vertical_flip,
+        )
+
+
+def _build_window(
+    preprocessing: Preprocessing, augmentation: Augmentation
+) -> v2.RandomResizedCrop | None:
+    if augmentation.crop != "random_resized":
+        return None
+    return v2.RandomResizedCrop(
+        preprocessing.size,
+        scale=(augmentation.scale_min, 1.0),
+        ratio=(1 / augmentation.ratio_max, augmentation.ratio_max),
+        interpolation=v2.InterpolationMode(preprocessing.interpolation),
+        antialias=True,
+    )
+
 
 def _build_steps(preprocessing: Preprocessing, augmentation: Augmentation) -> list[nn.Module]:
+    """What happens to an image after it was shifted and flipped."""
     mean_color = [255 * value for value in preprocessing.mean]
-    steps: list[nn.Module] = _crop_steps(preprocessing, augmentation)
-    if augmentation.flip:
-        steps.append(v2.RandomHorizontalFlip(augmentation.flip))
-    if augmentation.vertical_flip:
-        steps.append(v2.RandomVerticalFlip(augmentation.vertical_flip))
+    steps: list[nn.Module] = []
     if augmentation.rotation:
         bilinear = v2.InterpolationMode.BILINEAR
         steps.append(v2.RandomRotation(augmentation.rotation, bilinear, fill=mean_color))
@@ -149,25 +189,6 @@ def _build_steps(preprocessing: Preprocessing, augmentation: Augmentation) -> li
     if augmentation.erasing:
         steps.append(v2.RandomErasing(augmentation.erasing, value=mean_color))
     return steps
-
-
-def _crop_steps(preprocessing: Preprocessing, augmentation: Augmentation) -> list[nn.Module]:
-    size, pad = preprocessing.size, augmentation.pad
-    if augmentation.crop == "random_resized":
-        return [
-            v2.RandomResizedCrop(
-                size,
-                scale=(augmentation.scale_min, 1.0),
-                ratio=(1 / augmentation.ratio_max, augmentation.ratio_max),
-                interpolation=v2.InterpolationMode(preprocessing.interpolation),
-                antialias=True,
-            )
-        ]
-    if augmentation.crop == "random_pad" and pad:
-        if pad >= size:  # only so many pixels can be mirrored
-            raise ValueError(f"pad must be smaller than the image, got {pad} for size {size}")
-        return [v2.Pad(pad, padding_mode="reflect"), v2.RandomCrop(size)]
-    return []
 
 
 def _policy_steps(augmentation: Augmentation, fill: list[float]) -> list[nn.Module]:

@@ -114,12 +114,13 @@ def pack_settings() -> Callable[..., PackSettings]:
 
 @pytest.fixture(scope="session")
 def train_settings() -> Callable[..., TrainSettings]:
-    """Three epochs of SGD without augmentation: exact enough to compare runs."""
+    """Three epochs of SGD with flips alone: exact enough to compare runs."""
 
     def build(**changes: Any) -> TrainSettings:
         values: dict[str, Any] = {
             "cluster": CLUSTER,
             "epochs": 3,
+            "augment": {"flip": 0.5},
             "optimizer": {"name": "sgd", "lr": 0.02},
             "seed": 7,
         }
