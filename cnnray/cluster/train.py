@@ -194,13 +194,12 @@ def _readers(
         split: SplitReader(
             store=data,
             split=get_split(manifest, split, uri=settings.data),
-            decode=TrainTransform(
+            transform=TrainTransform(
                 preprocessing,
                 augmentation,
                 seed=settings.seed,
                 limits=DecodeLimits(**settings.limits.model_dump()),
             ),
-            is_fixed=augmentation.is_identity,
             unit_rows=max(1, min(UNIT_ROWS, UNIT_BYTES // _image_bytes(network))),
             seed=settings.seed,
         )
@@ -221,7 +220,7 @@ def _decode_what_fits(
     ready = dict(readers)
     for name, reader in readers.items():
         num_bytes = reader.split.num_samples * _image_bytes(network)
-        if reader.is_fixed and num_bytes <= room:
+        if reader.transform.is_quick and num_bytes <= room:
             room -= num_bytes
             ready[name] = reader.decode_once(stall_seconds=settings.cluster.stall_seconds)
             logger.info("%s split: decoded once, %.0f MB", name, num_bytes / 1e6)
