@@ -20,6 +20,7 @@ from cnnray.datasets.order import EpochOrder, assemble, lanes_of, plan_epoch
 from cnnray.errors import NonFiniteLossError, StorageError
 from cnnray.process import keep_freed_memory
 from cnnray.storage import Store
+from cnnray.training.averaging import build_average, restore_average
 from cnnray.training.checkpoints import Checkpoint, load_latest, model_tensors, save_checkpoint
 from cnnray.training.freezing import FrozenEpochs
 from cnnray.training.imbalance import balance_loss
@@ -30,6 +31,7 @@ from cnnray.training.optimizers import build_optimizer, restore_optimizer
 from cnnray.training.order_log import log_order
 from cnnray.training.prefetch import prefetch
 from cnnray.training.schedules import learning_rate_factor, peak_learning_rate
+from cnnray.training.stopping import has_stalled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,8 @@ def train_worker(config: Mapping[str, Any]) -> None:
     checkpoint = load_latest(job.run)
     trainer = _build_trainer(job, checkpoint)
     history = list(checkpoint.history) if checkpoint else []
+    if _is_over(settings, history):
+        return
     try:
         for result in run_epochs(
             trainer,
@@ -80,6 +84,8 @@ def train_worker(config: Mapping[str, Any]) -> None:
                 save_checkpoint(job.run, _snapshot(trainer, history), keep=settings.checkpoint.keep)
                 job.board.post.remote(result)
             ray.train.report(_numbers(history[-1]))  # every rank waits here for the checkpoint
+            if _is_over(settings, history):
+                break
     except Exception as error:
         cause = find_cause(error)
         if cause is None or isinstance(cause, StorageError):
@@ -89,13 +95,20 @@ def train_worker(config: Mapping[str, Any]) -> None:
             raise  # on this rank alone: ends the others, too
 
 
+def _is_over(settings: TrainSettings, history: list[dict[str, Any]]) -> bool:
+    return has_stalled(history, **settings.early_stopping.model_dump())
+
+
 def _build_trainer(job: TrainJob, checkpoint: Checkpoint | None) -> Trainer:
     settings = job.settings
     device = ray.train.torch.get_device()
     classifier = job.network.build(with_weights=checkpoint is None)
     if checkpoint is not None:
-        classifier.load_state_dict(checkpoint.model)
+        classifier.load_state_dict(checkpoint.trained or checkpoint.model)
     classifier = classifier.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    average = build_average(classifier, decay=settings.ema.decay) if settings.ema.decay else None
+    if average is not None and checkpoint is not None:
+        restore_average(average, checkpoint.model, step=checkpoint.step)
     model = ray.train.torch.prepare_model(classifier)
     optimizer = build_optimizer(
         model, **settings.optimizer.model_dump(exclude={"clip_norm", "lr_reference_batch"})
@@ -126,6 +139,7 @@ def _build_trainer(job: TrainJob, checkpoint: Checkpoint | None) -> Trainer:
         freeze=FrozenEpochs(classifier, epochs=settings.model.frozen_epochs)
         if settings.model.frozen_epochs
         else None,
+        average=average,
     )
 
 
@@ -187,12 +201,12 @@ def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _snapshot(trainer: Trainer, history: list[dict[str, Any]]) -> Checkpoint:
-    classifier = getattr(trainer.model, "module", trainer.model)
     return Checkpoint(
-        model=model_tensors(classifier),
+        model=model_tensors(trainer.served),
         optimizer=trainer.optimizer.state_dict(),
         step=trainer.step,
         history=tuple(history),
+        trained={} if trainer.average is None else model_tensors(trainer.trained),
     )
 
 

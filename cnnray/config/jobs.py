@@ -13,6 +13,8 @@ from cnnray.config.sections import (
     CheckpointSettings,
     ClusterSettings,
     ColumnSettings,
+    EarlyStoppingSettings,
+    EmaSettings,
     EngineSettings,
     ImageSettings,
     ImbalanceSettings,
@@ -104,6 +106,8 @@ class TrainSettings(JobSettings):
     schedule: ScheduleSettings = ScheduleSettings()
     loss: LossSettings = LossSettings()
     imbalance: ImbalanceSettings = ImbalanceSettings()
+    ema: EmaSettings = EmaSettings()
+    early_stopping: EarlyStoppingSettings = EarlyStoppingSettings()
     scaling: ScalingSettings = ScalingSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     limits: LimitSettings = LimitSettings()

@@ -270,6 +270,22 @@ class ImbalanceSettings(Section):
     """of logit_adjustment: how much of the log prior is added"""
 
 
+class EmaSettings(Section):
+    """An exponential moving average of the weights; it is what is evaluated and saved."""
+
+    decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """part that each step keeps: the average of about 1 / (1 - decay) steps (0: no average)"""
+
+
+class EarlyStoppingSettings(Section):
+    """When training ends before its last epoch."""
+
+    patience: PositiveInt | None = None
+    """epochs without a better validation loss (trains to the last epoch)"""
+    min_delta: Annotated[float, Field(ge=0.0)] = 0.0
+    """how much lower the loss must be to count as better"""
+
+
 class CheckpointSettings(Section):
     """Checkpoints of training."""
 

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import safetensors
@@ -27,16 +27,19 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "MANIFEST.json"
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+TRAINED = "trained/"
+"""Begins the names of weights that go on learning, in the optimizer's file."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """The state of training after ``history``'s last epoch."""
 
-    model: dict[str, Tensor]
+    model: dict[str, Tensor]  # what is evaluated, and saved in the bundle
     optimizer: dict[str, Any]  # a torch optimizer's state_dict
     step: int
     history: tuple[dict[str, Any], ...]  # one EpochResult.to_dict() an epoch
+    trained: dict[str, Tensor] = field(default_factory=dict)  # where ``model`` is their average
 
     @property
     def epochs_done(self) -> int:
@@ -46,10 +49,11 @@ class Checkpoint:
     @property
     def best_epoch(self) -> int:
         """The epoch with the lowest validation loss (training loss without validation)."""
-        return min(range(len(self.history)), key=lambda epoch: _score(self.history[epoch]))
+        return min(range(len(self.history)), key=lambda epoch: score(self.history[epoch]))
 
 
-def _score(result: Mapping[str, Any]) -> float:
+def score(result: Mapping[str, Any]) -> float:
+    """What the epochs of a history are ranked by: the validation loss, else the training loss."""
     loss = result["train_loss"] if result["val_loss"] is None else result["val_loss"]
     return math.inf if math.isnan(loss) else float(loss)  # NaN would win or lose by its place
 
@@ -58,6 +62,7 @@ def save_checkpoint(store: Store, checkpoint: Checkpoint, *, keep: int) -> None:
     """Write a checkpoint and remove those that are neither among the last ``keep`` nor the best."""
     folder = _folder(checkpoint.epochs_done - 1)
     tensors, groups = _split_optimizer(checkpoint.optimizer)
+    tensors |= {f"{TRAINED}{name}": tensor for name, tensor in checkpoint.trained.items()}
     files = {
         "model.safetensors": safetensors.torch.save(_contiguous(checkpoint.model)),
         "optimizer.safetensors": safetensors.torch.save(_contiguous(tensors)),
@@ -102,11 +107,13 @@ def load_checkpoint(store: Store, epoch: int) -> Checkpoint | None:
         return None
     state = json.loads(files["state.json"])
     tensors = safetensors.torch.load(files["optimizer.safetensors"])
+    trained = {name: tensors.pop(name) for name in list(tensors) if name.startswith(TRAINED)}
     return Checkpoint(
         model=safetensors.torch.load(files["model.safetensors"]),
         optimizer=_join_optimizer(tensors, state["optimizer"]),
         step=state["step"],
         history=tuple(state["history"]),
+        trained={name.removeprefix(TRAINED): tensor for name, tensor in trained.items()},
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn, optim
+from torch.optim.swa_utils import AveragedModel
 
 from cnnray.datasets.order import Batch
 from cnnray.errors import NonFiniteLossError
@@ -81,6 +82,18 @@ class Trainer:
     accumulate_steps: int = 1  # passes that this rank's part of a global batch is cut into
     clip_norm: float | None = None  # of the gradient of all parameters together, at most
     freeze: FrozenEpochs | None = None
+    average: AveragedModel | None = None  # of the model's weights
+
+    @property
+    def trained(self) -> nn.Module:
+        """The model without DDP around it."""
+        module: nn.Module = getattr(self.model, "module", self.model)
+        return module
+
+    @property
+    def served(self) -> nn.Module:
+        """What is evaluated and saved: the average of the weights, if there is one."""
+        return self.trained if self.average is None else self.average.module
 
     @property
     def validation_loss(self) -> Loss:
@@ -185,6 +198,8 @@ def _train_step(trainer: Trainer, batch: Batch, *, divisor: float) -> Tensor:
     if trainer.clip_norm is not None:  # after DDP's average: the same on all ranks
         nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.clip_norm)
     trainer.optimizer.step()
+    if trainer.average is not None:
+        trainer.average.update_parameters(trainer.trained)
     trainer.step += 1
     return sums
 
@@ -207,8 +222,7 @@ def _add_gradients(trainer: Trainer, batch: Batch, *, divisor: float) -> Tensor:
 
 def evaluate(trainer: Trainer, batches: Iterable[Batch], *, reduce: Reduce) -> Tally:
     """Loss and accuracy over every sample of ``batches`` on all ranks."""
-    model = getattr(trainer.model, "module", trainer.model)  # ranks may hold unequal counts: no DDP
-    model.eval()
+    model = trainer.served.eval()  # ranks may hold unequal counts: no DDP
     sums = torch.zeros(3, dtype=torch.float64, device=trainer.device)
     with torch.inference_mode():
         for batch in batches:
