@@ -149,6 +149,10 @@ class ModelSettings(Section):
     """backbone: train the head only"""
     frozen_epochs: Annotated[int, Field(ge=0)] = 0
     """first epochs in which the head alone is trained (0: none)"""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """rate of dropout, for models that have it (the model's own)"""
+    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """rate of stochastic depth in the last block, for models that have it (the model's own)"""
 
     @model_validator(mode="after")
     def _frozen_once(self) -> ModelSettings:

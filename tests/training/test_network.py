@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cnnray.datasets.manifest import Statistics
-from cnnray.errors import ModelError
+from cnnray.errors import ModelError, SettingsError
 from cnnray.models.registry import default_preprocessing
 from cnnray.training.network import Network, plan_preprocessing
 
@@ -121,3 +121,69 @@ def test_the_bundle_says_what_was_trained() -> None:
     assert (spec.architecture, spec.classes) == ("tutorial_cnn", ("a", "b", "c"))
     assert spec.preprocessing == network().preprocessing
     assert (spec.metrics, spec.provenance) == ({"val_loss": 0.5}, {"seed": 3})
+
+
+def regularised(name: str, **rates: float) -> torch.nn.Module:
+    network = Network(
+        name=name,
+        classes=("a", "b"),
+        preprocessing=planned(name, size=64, resize=64),
+        weights=None,
+        freeze_backbone=False,
+        seed=0,
+        **rates,
+    )
+    with torch.device("meta"):
+        return network._build_backbone(network._rates().values())
+
+
+def dropout_rates(model: torch.nn.Module) -> set[float]:
+    return {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+
+
+def depth_rates(model: torch.nn.Module, *, kind: str, rate: str) -> list[float]:
+    found = [module for module in model.modules() if type(module).__name__ == kind]
+    return [getattr(module, rate) for module in found]
+
+
+def test_dropout_and_drop_path_reach_the_layers_of_torchvision_and_timm() -> None:
+    assert dropout_rates(regularised("efficientnet_b0", dropout=0.45)) == {0.45}
+    assert (
+        regularised("densenet121", dropout=0.45).features.denseblock1.denselayer1.drop_rate == 0.45
+    )
+    convnext = regularised("convnext_tiny", drop_path=0.3)
+    assert max(depth_rates(convnext, kind="StochasticDepth", rate="p")) == pytest.approx(0.3)
+    resnet = regularised("timm/resnet18", dropout=0.45, drop_path=0.3)
+    assert resnet.drop_rate == 0.45
+    assert max(depth_rates(resnet, kind="DropPath", rate="drop_prob")) == pytest.approx(0.3)
+
+
+def test_rates_that_are_not_given_stay_the_models_own() -> None:
+    assert dropout_rates(regularised("efficientnet_b0")) == {0.2}
+    assert dropout_rates(regularised("efficientnet_b0", dropout=0.0)) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "rates", "flag"),
+    [
+        ("tutorial_cnn", {"dropout": 0.1}, "dropout"),
+        ("resnet18", {"dropout": 0.1}, "dropout"),
+        ("resnet18", {"drop_path": 0.1}, "drop_path"),
+        ("mobilenet_v3_small", {"dropout": 0.1, "drop_path": 0.1}, "drop_path"),
+        ("timm/vgg11", {"dropout": 0.1, "drop_path": 0.1}, "drop_path"),
+    ],
+)
+def test_a_model_without_the_rate_is_refused_with_the_flag(
+    name: str, rates: dict[str, float], flag: str
+) -> None:
+    network = Network(
+        name=name,
+        classes=("a", "b"),
+        preprocessing=planned(name, size=64, resize=64),
+        weights=None,
+        freeze_backbone=False,
+        seed=0,
+        **rates,
+    )
+    with torch.device("meta"), pytest.raises(SettingsError, match=f"{name} has no {flag} that"):
+        network.build()
