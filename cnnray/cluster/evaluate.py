@@ -20,6 +20,9 @@ from cnnray.console import ProgressLine
 from cnnray.datasets.manifest import Manifest, Split, get_split, read_manifest
 from cnnray.datasets.shards import read_row_group
 from cnnray.errors import CnnrayError, DataError, ImageError, UsageError
+from cnnray.evaluation.doctor import diagnose, read_run
+from cnnray.evaluation.figures import printable
+from cnnray.evaluation.findings import Finding
 from cnnray.evaluation.metrics import (
     Metrics,
     compute_metrics,
@@ -113,17 +116,28 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     metrics = compute_metrics(predictions, classes=manifest.classes)
     facts = _facts(settings, digest=bundle.digest, spec=bundle.spec, manifest=manifest)
     mistakes = _mistakes(predictions, split=split, data=data, classes=manifest.classes)
+    diagnosis = diagnose(
+        read_run(bundle.spec.provenance, classes=manifest.classes),
+        per_class=metrics.per_class,
+        predictions=None if settings.split == "train" else predictions,
+    )
     report = render_report(
         title=f"{bundle.spec.architecture} on {settings.split}",
         metrics=metrics,
         history=_history(bundle.spec),
         mistakes=mistakes,
+        diagnosis=diagnosis,
         facts=facts,
     )
+    document = {
+        "facts": facts,
+        **metrics.to_dict(),
+        "diagnosis": [finding.to_dict() for finding in diagnosis],
+    }
     output.write(PREDICTIONS, encode_parquet(predictions))
     output.write(REPORT, report.encode())
-    output.write(METRICS, encode_json({"facts": facts, **metrics.to_dict()}))
-    return _result(metrics, output=output, seconds=time.perf_counter() - started)
+    output.write(METRICS, encode_json(document))
+    return _result(metrics, diagnosis, output=output, seconds=time.perf_counter() - started)
 
 
 def _check_classes(spec: BundleSpec, manifest: Manifest, *, settings: EvaluateSettings) -> None:
@@ -253,7 +267,9 @@ def _facts(
     }
 
 
-def _result(metrics: Metrics, *, output: Store, seconds: float) -> dict[str, Any]:
+def _result(
+    metrics: Metrics, diagnosis: Sequence[Finding], *, output: Store, seconds: float
+) -> dict[str, Any]:
     values = metrics.to_dict()
     logger.info(
         "accuracy %.4f, top-5 %.4f, loss %s over %s images: %s/%s",
@@ -264,6 +280,8 @@ def _result(metrics: Metrics, *, output: Store, seconds: float) -> dict[str, Any
         output.uri,
         REPORT,
     )
+    for finding in diagnosis:
+        logger.warning("diagnosis: %s", printable(finding.text, max_characters=1500))
     names = (
         "samples",
         "loss",
@@ -276,6 +294,7 @@ def _result(metrics: Metrics, *, output: Store, seconds: float) -> dict[str, Any
     )
     return {
         **{name: values[name] for name in names},
+        "diagnosis": [finding.to_dict() for finding in diagnosis],
         "report": f"{output.uri}/{REPORT}",
         "predictions": f"{output.uri}/{PREDICTIONS}",
         "seconds": round(seconds, 1),

@@ -36,6 +36,7 @@ from cnnray.errors import (
     SettingsError,
     UsageError,
 )
+from cnnray.evaluation.doctor import diagnose, read_run
 from cnnray.images.augment import Augmentation, TrainTransform
 from cnnray.images.decode import DecodeLimits
 from cnnray.models.bundle import DOCUMENT_KEY, WEIGHTS_KEY, save_bundle
@@ -286,12 +287,11 @@ def _finish(job: TrainJob, *, manifest: Manifest, output: Store, seconds: float)
     classifier = job.network.build(with_weights=False)
     classifier.load_state_dict(best.model)
     metrics = dict(last.history[last.best_epoch])
+    provenance = _provenance(job, manifest, history=last.history)
     digest = save_bundle(
         output,
         classifier,
-        job.network.describe(
-            metrics=metrics, provenance=_provenance(job, manifest, history=last.history)
-        ),
+        job.network.describe(metrics=metrics, provenance=provenance),
     )
     speed = [result["samples_per_second"] for result in last.history]
     waits = [result["data_wait_fraction"] for result in last.history]
@@ -304,6 +304,7 @@ def _finish(job: TrainJob, *, manifest: Manifest, output: Store, seconds: float)
         "train_loss": metrics["train_loss"],
         "val_loss": metrics["val_loss"],
         "val_accuracy": metrics["val_accuracy"],
+        "diagnosis": provenance["diagnosis"],
         "samples_per_second": round(sum(speed) / len(speed), 1),
         "data_wait_fraction": round(sum(waits) / len(waits), 4),
         "seconds": round(seconds, 1),
@@ -313,9 +314,20 @@ def _finish(job: TrainJob, *, manifest: Manifest, output: Store, seconds: float)
 def _provenance(
     job: TrainJob, manifest: Manifest, *, history: tuple[dict[str, Any], ...]
 ) -> dict[str, Any]:
+    dataset = {
+        "uri": job.settings.data,
+        "sha256": sha256(manifest.to_bytes()),
+        "class_counts": list(manifest.splits["train"].class_counts),
+        "num_val": manifest.splits["val"].num_samples,
+    }
+    run = read_run({"dataset": dataset, "history": history}, classes=manifest.classes)
+    findings = diagnose(run)
+    for finding in findings:
+        logger.warning("diagnosis: %s try: %s", finding.text, "; ".join(finding.advice))
     return {
         "settings": job.settings.model_dump(mode="json", exclude={"cluster"}),
-        "dataset": {"uri": job.settings.data, "sha256": sha256(manifest.to_bytes())},
+        "dataset": dataset,
         "history": list(history),
+        "diagnosis": [finding.to_dict() for finding in findings],
         "versions": {"cnnray": __version__, "torch": torch.__version__, "ray": ray.__version__},
     }

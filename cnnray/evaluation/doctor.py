@@ -63,11 +63,13 @@ def diagnose(
 
 
 def _read_curves(run: TrainingRun) -> list[Finding]:
-    """A wrong learning rate explains a bad fit, so that the fit is then not named as well."""
+    """A wrong learning rate explains a bad fit, and what is not learned is not memorised."""
     if not run.history:
         return []
     rate = rate_rules.rate_too_high(run) or rate_rules.rate_too_low(run)
     if rate is not None:
         return [rate]
-    fit = fit_rules.overfitting(run) or fit_rules.underfitting(run)
-    return [finding for finding in (fit, fit_rules.memorised_noise(run)) if finding is not None]
+    overfitting = fit_rules.overfitting(run)
+    underfitting = None if overfitting else fit_rules.underfitting(run)
+    noise = None if underfitting else fit_rules.memorised_noise(run)
+    return [finding for finding in (overfitting, underfitting, noise) if finding is not None]

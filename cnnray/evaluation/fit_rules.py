@@ -102,7 +102,7 @@ def underfitting(run: TrainingRun) -> Finding | None:
         f" ({fall:.1%} an epoch).{cause}",
         advice=(
             "--model.name resnet18 or another larger network, less augmentation",
-            f"--optimizer.lr {rate * 3:.2g}, then {rate / 3:.2g}",
+            f"--optimizer.lr {rate / 3:.2g}, then {rate * 3:.2g}",
         )
         if is_flat
         else (f"--epochs {3 * len(run.history)}",),

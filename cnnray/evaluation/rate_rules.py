@@ -18,7 +18,7 @@ from cnnray.evaluation.findings import (
 
 STEP_DOWN = 0.05
 """Loss of accuracy from one epoch to the next that a run does not show when it settles."""
-BLOW_UP = 1.2
+BLOW_UP = 1.1
 """Mean loss of the first epoch over that of guessing. Other losses than cross-entropy begin lower,
 so that with them this sign may be missed, not invented."""
 SLOW_FALL = 0.05
@@ -50,11 +50,11 @@ def rate_too_high(run: TrainingRun) -> Finding | None:
         return None
     rate = max(epoch.learning_rate for epoch in run.history)
     reasons = [
-        f"training accuracy dropped {len(drops)} times" if drops else "",
-        f"validation accuracy swung {swings} times" if swings else "",
+        f"training accuracy dropped late ({len(drops)} ×)" if drops else "",
+        f"validation accuracy swung late ({swings} ×)" if swings else "",
         f"training ended {100 * lost:.1f} points below its best" if is_lost else "",
         f"the first epoch's loss ({run.history[0].train_loss:.3g}) was above that of guessing"
-        f" ({run.guessing_loss:.3g}) and accuracy stayed at {max(train):.1%}"
+        f" ({run.guessing_loss:.3g}) and training reached {max(train):.1%} at best"
         if blew_up
         else "",
     ]

@@ -21,6 +21,7 @@ from PIL import Image
 
 from cnnray.evaluation import figures
 from cnnray.evaluation.figures import printable
+from cnnray.evaluation.findings import Finding
 from cnnray.evaluation.metrics import NUM_CALIBRATION_BINS, Metrics
 
 MAX_CONFUSED_PAIRS = 12
@@ -62,6 +63,7 @@ def render_report(
     metrics: Metrics,
     history: Sequence[Mapping[str, Any]],
     mistakes: Sequence[Mistake],
+    diagnosis: Sequence[Finding],
     facts: Mapping[str, str],
 ) -> str:
     """Render the report as one HTML document that may be mailed, printed or opened offline.
@@ -69,6 +71,7 @@ def render_report(
     Args:
         history: one mapping an epoch: epoch, train_loss, val_loss, train_accuracy, val_accuracy,
             learning_rate; without any the learning curves are left out.
+        diagnosis: what the doctor found.
         facts: what was evaluated, in the order to show: model, data, digests, versions.
     """
     environment = Environment(
@@ -85,6 +88,7 @@ def render_report(
         metrics=metrics,
         tiles=_tiles(metrics),
         curves=_curves(history),
+        diagnosis=diagnosis,
         confusion=_picture(figures.confusion_matrix(metrics.confusion, classes=classes)),
         pairs=_confused_pairs(metrics),
         recall=_picture(figures.recall_bars(metrics.per_class)),

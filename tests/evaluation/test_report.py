@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cnnray.evaluation.findings import Finding
 from cnnray.evaluation.metrics import UNPREDICTED, UNRANKED, compute_metrics
 from cnnray.evaluation.report import Mistake, render_report
 
 VOID = {"meta", "img", "br"}
 SECTIONS = [
     "Learning curves",
+    "Diagnosis",
     "Confusion matrix",
     "Most confused pairs",
     "Classes",
@@ -70,6 +72,7 @@ def render(make_predictions):
             title=names[0],
             metrics=compute_metrics(make_predictions(rows), classes=names),
             history=history,
+            diagnosis=[Finding("imbalance", {}, f"{names[0]} is rare.", (f"more {names[1]}",))],
             mistakes=mistakes,
             facts={names[3]: names[4]},
         )
@@ -104,6 +107,11 @@ def test_tiles_show_the_headline_numbers(benign):
     assert "Balanced accuracy80.0%" in text  # recall 1/2, 1, 1/2, 1, 1
     assert "Lossnot finite" in text
     assert "Samples7" in text
+
+
+def test_findings_are_shown_with_their_advice(benign):
+    text = Page(benign).text
+    assert "Imbalance\ncat is rare.\n\nmore dog" in text
 
 
 def test_learning_curves_are_left_out_without_history(render, benign):
@@ -183,8 +191,10 @@ def test_perfect_model_has_no_pairs_and_no_mistakes(make_predictions):
         title="perfect",
         metrics=compute_metrics(make_predictions([("a", 0, 0, 1.0, 0.0, 0)]), classes=["cat"]),
         history=[],
+        diagnosis=[],
         mistakes=[],
         facts={},
     )
     assert "No class was taken for another." in html
     assert "No mistakes to show." in html
+    assert "Nothing was found in the predictions." in html
