@@ -56,6 +56,7 @@ RESUMABLE = {
     "data",  # known by its digest
     "output",  # where the run is found
     "epochs",
+    "early_stopping",
     "cluster",
     "ingest",
     "scaling",
@@ -135,6 +136,8 @@ def _plan_network(settings: TrainSettings, manifest: Manifest) -> Network:
         weights=_absolute(settings.model.weights),
         freeze_backbone=settings.model.freeze == "backbone",
         seed=settings.seed,
+        dropout=settings.model.dropout,
+        drop_path=settings.model.drop_path,
     )
 
 
