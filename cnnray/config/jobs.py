@@ -214,6 +214,7 @@ class BenchSettings(JobSettings):
     """fused: every worker does all; split: CPUs read and decode for the workers (auto: on GPUs)"""
     decode_workers: PositiveInt | None = None
     """processes of one CPU that decode, with split (one for each CPU that is left)"""
+    engine: EngineSettings = EngineSettings()
     scaling: InferenceScalingSettings = InferenceScalingSettings()
     limits: LimitSettings = LimitSettings()
 
