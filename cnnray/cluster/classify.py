@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 
 from cnnray.cluster.actors import map_tables
 from cnnray.cluster.dry_run import dry_run
+from cnnray.cluster.engine_check import CheckedEngine, check_engine, with_engine
 from cnnray.cluster.estimate import measure_run, predict_run
-from cnnray.cluster.label_workers import LabelJob
+from cnnray.cluster.label_workers import LabelJob, engine_choice
 from cnnray.cluster.runtime import ray_cluster, stop_on_sigterm
 from cnnray.config import ClassifySettings
 from cnnray.console import ProgressLine, format_seconds
@@ -46,10 +47,12 @@ def classify(settings: ClassifySettings) -> dict[str, Any]:
     """Label what is new in the input, each image once, and return the job's result.
 
     Raises ``ConflictError`` when the output is of another model or an open run has other settings,
-    ``DataError`` when there are no images, ``IncompleteError`` when work is left (on SIGTERM, too),
-    ``TooManyBadImagesError`` (all rows are there) beyond the budget.
+    ``DataError`` when there are no images, ``SettingsError`` when the engine's labels are not those
+    of eager, ``IncompleteError`` when work is left (on SIGTERM, too), ``TooManyBadImagesError``
+    (all rows are there) beyond the budget.
     """
     started = time.perf_counter()
+    engine = CheckedEngine(engine_choice(settings))  # unknown until it is compared
     with stop_on_sigterm(), contextlib.ExitStack() as resources:
         output = open_store(settings.output, single_writer=settings.single_writer)
         model = open_store(settings.model)
@@ -87,7 +90,7 @@ def classify(settings: ClassifySettings) -> dict[str, Any]:
             run, is_mine = begun
             job = LabelJob(model, source, run, settings)
             before = time.perf_counter() - started
-            totals, seconds = _work_on(job, bundle, is_mine=is_mine, resources=resources)
+            totals, seconds, engine = _work_on(job, bundle, is_mine=is_mine, resources=resources)
             finished.append((run, totals))
             predicted = predicted if seconds is None else before + seconds
         if settings.delta:  # with what drivers that died had committed, and when nothing is new
@@ -95,15 +98,17 @@ def classify(settings: ClassifySettings) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     if predicted is not None:
         logger.info("predicted %s, took %s", *map(format_seconds, (predicted, seconds)))
-    return _result(finished, output, settings, seconds=seconds, predicted_seconds=predicted)
+    return _result(finished, output, settings, engine, seconds=seconds, predicted_seconds=predicted)
 
 
 def _identity(settings: ClassifySettings, bundle: Bundle) -> dict[str, Any]:
-    """What all rows of a table have in common."""
+    """What all rows of a table have in common. (int8 is another model; the rest agrees.)"""
+    is_int8 = settings.engine.precision == "int8"
     return {
         "model": bundle.digest,
         "top_k": min(settings.top_k, len(bundle.spec.classes)),
         "embeddings": settings.embeddings,
+        **({"precision": "int8"} if is_int8 else {}),
     }
 
 
@@ -130,13 +135,14 @@ def _list_inputs(source: Source, settings: ClassifySettings) -> Iterator[pa.Tabl
 
 def _work_on(
     job: LabelJob, bundle: Bundle, *, is_mine: bool, resources: contextlib.ExitStack
-) -> tuple[RunTotals, float | None]:
+) -> tuple[RunTotals, float | None, CheckedEngine]:
     """Label and publish every missing part of a run, and commit it.
 
-    Ray is started when there is something to label, and lives as long as ``resources``. The
-    second of the pair is the prediction of how many seconds this takes, for a large run.
+    Ray is started when there is something to label, and lives as long as ``resources``. Returned
+    are also the prediction of how many seconds this takes, for a large run, and the engine.
     """
     started, predicted = time.perf_counter(), None
+    engine: CheckedEngine | None = None
     run = job.run
     published: dict[int, PublishedPart] = {}
     for _ in range(MAX_PASSES):
@@ -156,11 +162,18 @@ def _work_on(
             missing.reverse()
         measured = measure_run(bundle, job.source, run, missing, job.settings)
         resources.enter_context(ray_cluster(job.settings.cluster))  # the second time it is there
+        if engine is None:
+            engine = check_engine(job, engine_choice(job.settings))
+            job = with_engine(job, engine)
         if measured is not None and predicted is None:
             predicted = time.perf_counter() - started
             predicted += predict_run(measured, job.stages, job.settings, images=images)
         published |= _label(job, missing)
-    return finish_run(run, published), predicted
+    return (
+        finish_run(run, published),
+        predicted,
+        engine or CheckedEngine(engine_choice(job.settings)),
+    )
 
 
 def _label(job: LabelJob, missing: Sequence[int]) -> dict[int, PublishedPart]:
@@ -219,6 +232,7 @@ def _result(
     finished: Sequence[tuple[Run, RunTotals]],
     output: Store,
     settings: ClassifySettings,
+    engine: CheckedEngine,
     *,
     seconds: float,
     predicted_seconds: float | None,
@@ -236,6 +250,8 @@ def _result(
         "errors": errors,
         "duplicates": duplicates,
         "parts": sum(totals.parts for _, totals in finished),
+        "engine": str(engine.choice),
+        "agreement": engine.agreement and engine.agreement.fraction,
         "data": f"{output.uri}/{DATA_FOLDER}",
         "images_per_second": round(rows / seconds, 1),
         "seconds": round(seconds, 1),

@@ -105,12 +105,11 @@ def _prepare(job: LabelJob, choice: EngineChoice) -> tuple[Any, Any]:
         images = read_images(job.source, entries, decoder)
     # int8 is calibrated on every second image and compared on the others.
     calibration = images[1::2] if len(images) > 1 else images
-    options = {"embeddings": settings.embeddings}
-    prepared = prepare_engine(choice, bundle, calibration=calibration, **options)
-    batch_size = batch_size_of(settings)
+    embeddings, batch_size = settings.embeddings, batch_size_of(settings)
+    prepared = prepare_engine(choice, bundle, embeddings=embeddings, calibration=calibration)
     agreement = count_agreement(
-        open_engine(prepared, bundle, device=device, batch_size=batch_size, **options),
-        EagerEngine(bundle.model, device=device, **options),
+        open_engine(prepared, bundle, device=device, embeddings=embeddings, batch_size=batch_size),
+        EagerEngine(bundle.model, device=device, embeddings=embeddings),
         images[::2] if is_int8 else images,
         batch_size=batch_size,
     )

@@ -19,18 +19,19 @@ from cnnray.labeling.decoding import Sample, SampleDecoder
 from cnnray.labeling.labeler import Labeler
 from cnnray.labeling.prediction import Predictor
 from cnnray.models.bundle import Bundle, load_bundle, read_bundle_spec
-from cnnray.models.engines import EagerEngine
+from cnnray.models.engines import EngineChoice, PreparedEngine, choose_engine, open_engine
 from cnnray.storage import Store
 
 
 @dataclass(frozen=True)
 class LabelJob:
-    """What every worker of a run is made from."""
+    """What every worker of a run is made from; ``engine`` is a ``PreparedEngine``, or eager."""
 
     model: Store
     source: Source
     run: Run
     settings: ClassifySettings
+    engine: ray.ObjectRef | None = None
 
     @property
     def stages(self) -> list[Stage]:
@@ -58,7 +59,10 @@ class LabelJob:
     def predictor(self) -> Predictor:
         """The part of a worker that computes."""
         device = set_up_actor(use_gpu=self.settings.scaling.use_gpu)
-        return make_predictor(load_bundle(self.model), self.settings, device=device)
+        engine = PreparedEngine() if self.engine is None else ray.get(self.engine)
+        return make_predictor(
+            load_bundle(self.model), self.settings, device=device, prepared=engine
+        )
 
 
 def is_split(settings: ClassifySettings) -> bool:
@@ -79,16 +83,28 @@ def make_decoder(
     )
 
 
+def engine_choice(settings: ClassifySettings) -> EngineChoice:
+    """The engine that the settings mean. Raises what ``choose_engine`` does."""
+    wanted = settings.engine
+    return choose_engine(wanted.name, wanted.precision, use_gpu=settings.scaling.use_gpu)
+
+
+def batch_size_of(settings: ClassifySettings) -> int:
+    """Images of one forward pass, at most."""
+    return settings.batch_size or (64 if settings.scaling.use_gpu else 16)
+
+
 def make_predictor(
-    bundle: Bundle, settings: ClassifySettings, *, device: torch.device
+    bundle: Bundle, settings: ClassifySettings, *, device: torch.device, prepared: PreparedEngine
 ) -> Predictor:
     """What computes in a worker."""
+    batch_size, embeddings = batch_size_of(settings), settings.embeddings
     return Predictor(
-        EagerEngine(bundle.model, device=device, embeddings=settings.embeddings),
+        open_engine(prepared, bundle, device=device, embeddings=embeddings, batch_size=batch_size),
         bundle.spec,
         digest=bundle.digest,
         top_k=settings.top_k,
-        batch_size=settings.batch_size or (64 if settings.scaling.use_gpu else 16),
+        batch_size=batch_size,
     )
 
 

@@ -66,7 +66,7 @@ def count_agreement(
     engine: Engine, reference: Engine, images: Tensor, *, batch_size: int
 ) -> Agreement:
     """Compare the labels that two engines give to (N, C, S, S) uint8 images."""
-    batches = images.split(batch_size) if len(images) else ()
+    batches = torch.split(images, batch_size) if len(images) else ()
     same = [_labels(engine, batch).eq(_labels(reference, batch)).sum().item() for batch in batches]
     return Agreement(same=int(sum(same)), images=len(images))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import sys
 import tarfile
@@ -13,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import cnnray.cluster.classify as classify_module
 from cnnray.cluster import label_workers
@@ -20,7 +22,15 @@ from cnnray.cluster.classify import classify
 from cnnray.cluster.label_workers import DecodeActor, LabelActor
 from cnnray.cluster.verify import verify
 from cnnray.config import VerifySettings
-from cnnray.errors import DataError, SettingsError, TooManyBadImagesError, UsageError
+from cnnray.errors import (
+    ConflictError,
+    DataError,
+    SettingsError,
+    TooManyBadImagesError,
+    UsageError,
+)
+from cnnray.models.bundle import load_bundle, save_bundle
+from cnnray.storage import open_store
 
 pytestmark = [
     pytest.mark.ray,
@@ -256,3 +266,61 @@ def test_nothing_to_label_and_no_model_write_nothing(classify_settings, tmp_path
     with pytest.raises(UsageError, match="no bundle at"):
         classify(classify_settings(input=str(tmp_path), model=str(tmp_path)))
     assert not (tmp_path / "labels").exists()
+
+
+# Engines
+
+
+def test_another_engine_labels_as_eager_does_and_says_how_often(
+    folder, classify_settings, tmp_path, caplog
+):
+    root, codes = folder
+    settings = classify_settings(
+        input=str(root),
+        embeddings=True,
+        placement="split",
+        engine={"name": "openvino", "sample": 60},
+    )
+    with caplog.at_level("INFO"):
+        result = classify(settings)
+    assert (result["engine"], result["agreement"]) == ("openvino fp32", 1.0)
+    assert (result["labeled"], result["errors"]) == (210, len(codes))
+    [line] = [text for text in caplog.messages if text.startswith("engine ")]
+    good = re.fullmatch(r"engine openvino fp32: (\d+) of \1 labels as in eager \(100.00%\)", line)
+    assert 55 <= int(good[1]) <= 60  # without the hostile files among them
+    for row in labels_of(tmp_path / "labels").to_pylist():
+        if row["status"] == "ok":
+            assert row["label"] == row["key"].split("/")[2]
+            assert len(row["embedding"]) == 64
+    assert classify(settings)["agreement"] is None  # nothing is new, so nothing is compared
+
+
+@pytest.fixture
+def fragile(trained, tmp_path):
+    """The trained model, but one channel is 10,000 times the others, where int8 has 256 steps."""
+    bundle = load_bundle(open_store(str(trained.folder)))
+    first, second = (m for m in bundle.model.modules() if isinstance(m, torch.nn.Conv2d))
+    with torch.no_grad():
+        first.weight[0] *= 10_000
+        first.bias[0] *= 10_000
+        second.weight[:, 0] /= 10_000
+    save_bundle(open_store(str(tmp_path / "fragile")), bundle.model, bundle.spec)
+    return tmp_path / "fragile"
+
+
+def test_int8_is_refused_below_the_bar_and_is_another_table(
+    photos, fragile, classify_settings, tmp_path
+):
+    values = {"input": str(photos), "model": str(fragile)}
+    int8 = {"name": "onnxruntime", "precision": "int8", "sample": 40}
+    with pytest.raises(
+        SettingsError, match=r"of \d\d labels as in eager .* 0\.99\nhint: "
+    ) as caught:
+        classify(classify_settings(**values, engine=int8))
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "labels/data").exists()
+    result = classify(classify_settings(**values, engine={**int8, "min_agreement": 0.0}))
+    assert (result["engine"], result["labeled"]) == ("onnxruntime int8", 330)
+    assert result["agreement"] < 0.9
+    with pytest.raises(ConflictError, match="precision 'int8', here None"):
+        classify(classify_settings(**values))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -41,7 +42,8 @@ class EagerEngine:
         self, model: Classifier, *, device: torch.device, embeddings: bool, precision: str = "fp32"
     ) -> None:
         model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.network: nn.Module = Network(model, embeddings=embeddings)
+        self.network: Callable[[Tensor], tuple[Tensor, ...]]
+        self.network = Network(model, embeddings=embeddings)
         self.device = device
         self.embeddings = embeddings
         self.is_bf16 = precision == "bf16"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import onnxruntime
 import torch
 from torch import Tensor
 
@@ -13,6 +12,8 @@ class OnnxRuntimeEngine:
     """An exported model on a number of threads."""
 
     def __init__(self, content: bytes, *, threads: int, embeddings: bool) -> None:
+        import onnxruntime
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1

@@ -12,6 +12,8 @@ from cnnray.models.engines.base import EagerEngine, Engine
 from cnnray.models.engines.choice import EngineChoice
 from cnnray.models.engines.compiled import CompiledEngine
 from cnnray.models.engines.onnx_export import export_onnx
+from cnnray.models.engines.onnx_runtime import OnnxRuntimeEngine
+from cnnray.models.engines.open_vino import OpenVinoEngine
 from cnnray.models.engines.quantization import quantize
 
 
@@ -52,12 +54,8 @@ def open_engine(
     name, precision = prepared.choice.name, prepared.choice.precision
     threads = torch.get_num_threads()
     if name == "onnxruntime":
-        from cnnray.models.engines.onnx_runtime import OnnxRuntimeEngine
-
         return OnnxRuntimeEngine(prepared.onnx, threads=threads, embeddings=embeddings)
     if name == "openvino":
-        from cnnray.models.engines.open_vino import OpenVinoEngine
-
         return OpenVinoEngine(
             prepared.onnx, precision=precision, threads=threads, embeddings=embeddings
         )

@@ -45,7 +45,7 @@ class _Calibration:
     """Batches as ONNX Runtime's ``CalibrationDataReader`` hands them out."""
 
     def __init__(self, images: Tensor) -> None:
-        self.batches: Iterator[Tensor] = iter(images.split(BATCH))
+        self.batches: Iterator[Tensor] = iter(torch.split(images, BATCH))
 
     def get_next(self) -> dict[str, Any] | None:
         batch = next(self.batches, None)
