@@ -11,9 +11,12 @@ from dataclasses import dataclass
 
 from cnnray.labeling.plan import PIECE_ROWS
 
-RAY_START_SECONDS = 6.0
-WORKER_START_SECONDS = 6.0
-"""Until a local Ray is there, and until its workers have imported torch and loaded the model."""
+RAY_START_SECONDS = 4.0
+WORKER_START_SECONDS = 8.0
+"""Until a local Ray is there, and until its workers have imported torch and loaded the model.
+
+On two cores that other work took most of, 3 and 14 were measured; large models take longer.
+"""
 
 LIST_PAGE = 1000
 """Keys of one reply of S3 to LIST."""
