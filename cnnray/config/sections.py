@@ -213,8 +213,8 @@ class IngestSettings(Section):
 class OptimizerSettings(Section):
     """The optimizer."""
 
-    name: Literal["adam", "adamw", "sgd"] = "adam"
-    """adam, adamw or sgd (with Nesterov momentum)"""
+    name: Literal["adam", "adamw", "sgd", "lamb"] = "adam"
+    """adam, adamw, sgd (with Nesterov momentum) or lamb (needs the timm extra)"""
     lr: PositiveFloat = 0.001
     """peak learning rate, for the global batch (or for lr_reference_batch)"""
     lr_reference_batch: PositiveInt | None = None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,8 @@ MANIFEST = "MANIFEST.json"
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 TRAINED = "trained/"
 """Begins the names of weights that go on learning, in the optimizer's file."""
+GROUP = "group/"
+"""Begins the names of what belongs to a whole group of parameters there."""
 
 
 @dataclass(frozen=True)
@@ -154,28 +156,38 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's state as named tensors and the JSON-able rest."""
-    tensors: dict[str, Tensor] = {}
-    scalars: dict[str, Any] = {}
-    for name, value in _state_items(state):
-        if isinstance(value, Tensor):
-            tensors[name] = value
-        else:
-            scalars[name] = value
-    return tensors, {"scalars": scalars, "param_groups": state["param_groups"]}
-
-
-def _state_items(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for index, values in state["state"].items():
-        for name, value in values.items():
-            yield f"{index}.{name}", value
+    tensors, scalars = _by_kind(_flat(state["state"]))
+    of_groups = _flat(dict(enumerate(state["param_groups"])))
+    group_tensors, group_scalars = _by_kind(of_groups)  # LAMB counts its steps in a tensor there
+    tensors |= {f"{GROUP}{name}": tensor for name, tensor in group_tensors.items()}
+    return tensors, {"scalars": scalars, "groups": group_scalars}
 
 
 def _join_optimizer(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in {**tensors, **rest["scalars"]}.items():
+    of_groups = {name for name in tensors if name.startswith(GROUP)}
+    groups = {name.removeprefix(GROUP): tensors[name] for name in of_groups}
+    state = {name: tensor for name, tensor in tensors.items() if name not in of_groups}
+    return {
+        "state": _nested({**state, **rest["scalars"]}),
+        "param_groups": list(_nested({**rest["groups"], **groups}).values()),
+    }
+
+
+def _by_kind(values: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    return tensors, {name: value for name, value in values.items() if name not in tensors}
+
+
+def _flat(values: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    return {f"{n}.{name}": value for n, named in values.items() for name, value in named.items()}
+
+
+def _nested(values: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    nested: dict[int, dict[str, Any]] = {}
+    for name, value in values.items():
         index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
-    return {"state": state, "param_groups": rest["param_groups"]}
+        nested.setdefault(int(index), {})[key] = value
+    return dict(sorted(nested.items()))
 
 
 def model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:

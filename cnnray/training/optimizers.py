@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn, optim
 
+from cnnray.errors import SettingsError
 from cnnray.training.layers import layer_scales
 
 
@@ -19,11 +21,12 @@ def build_optimizer(
     momentum: float = 0.9,
     layer_decay: float = 1.0,
 ) -> optim.Optimizer:
-    """Adam, AdamW or SGD with Nesterov momentum over the parameters that are trained, fused.
+    """Adam, AdamW or SGD with Nesterov momentum, fused, or timm's LAMB (You et al. 2020).
 
-    Biases and normalisation parameters (all that have one dimension) are not decayed, as in
-    Goyal et al. 2017 and He et al. 2019. Each group's ``lr_scale`` is its part of the learning
-    rate, ``layer_decay`` to the power of the layers up to the last (``layers.layer_scales``).
+    They move the parameters that are trained. Biases and normalisation parameters (all that have
+    one dimension) are not decayed, as in Goyal et al. 2017 and He et al. 2019. Each group's
+    ``lr_scale`` is its part of the learning rate, ``layer_decay`` to the power of the layers up to
+    the last (``layers.layer_scales``).
     """
     scales = layer_scales(model, decay=layer_decay)
     members: dict[tuple[bool, float], list[nn.Parameter]] = {}
@@ -40,7 +43,20 @@ def build_optimizer(
         return optim.AdamW(groups, lr=lr, fused=True)
     if name == "sgd":
         return optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True)
+    if name == "lamb":
+        return _lamb()(groups, lr=lr, max_grad_norm=None)  # clipping is a setting of its own
     raise ValueError(f"unknown optimizer {name}")
+
+
+def _lamb() -> Callable[..., optim.Optimizer]:
+    try:
+        from timm.optim import Lamb
+    except ImportError as error:
+        raise SettingsError(
+            "--optimizer.name lamb needs timm, which is not installed",
+            hint="pip install 'cnnray[timm]'",
+        ) from error
+    return cast(Callable[..., optim.Optimizer], Lamb)
 
 
 def restore_optimizer(optimizer: optim.Optimizer, state: dict[str, Any]) -> None:

@@ -68,7 +68,7 @@ def assert_same(left: Any, right: Any) -> None:
         assert left == right
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "lamb"])
 def test_model_optimizer_step_and_history_come_back_bit_for_bit(
     store: Store, make_trainer: Callable[..., Trainer], make_batch: Callable[..., Any], name: str
 ) -> None:

@@ -17,7 +17,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "lamb"])
 def test_weights_are_decayed_and_biases_and_norms_are_not(name: str) -> None:
     model = network()
     optimizer = build_optimizer(model, name=name, lr=0.1, weight_decay=0.5)
@@ -67,7 +67,7 @@ def test_an_unknown_optimizer_is_refused() -> None:
         build_optimizer(nn.Linear(1, 1), name="lion", lr=0.1)
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "lamb"])
 def test_a_restored_optimizer_goes_on_as_the_saved_one_in_any_memory_format(name: str) -> None:
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -124,3 +124,14 @@ def test_the_layers_of_real_networks_are_their_stages_or_blocks(name: str, layer
 
 def test_without_layer_decay_all_learn_alike() -> None:
     assert set(layer_scales(network(), decay=1.0).values()) == {1.0}
+
+
+def test_lamb_moves_a_weight_by_its_own_norm_and_never_clips_by_itself() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    before = model.weight.detach().clone()
+    optimizer = build_optimizer(model, name="lamb", lr=0.1, weight_decay=0.01)
+    model.weight.grad = 100 * torch.ones_like(model.weight)
+    optimizer.step()
+    moved = (model.weight.detach() - before).norm()
+    torch.testing.assert_close(moved, 0.1 * before.norm())
+    assert model.weight.grad.norm() == 200
