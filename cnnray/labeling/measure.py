@@ -35,7 +35,10 @@ PASSES = 3
 """Times that each batch is gone through; the median of each stage counts."""
 
 PART_ROWS = 8192
-"""Label rows, the sample's again and again, that are encoded: a small file costs more for each."""
+"""Label rows that are encoded, the sample's again and again: a small file costs more for each.
+
+Rows that differ take about twice as long, 1 µs with top-5: still the least of all stages.
+"""
 
 Result = TypeVar("Result")
 
