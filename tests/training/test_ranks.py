@@ -1,0 +1,119 @@
+"""The whole recipe box on two processes with DDP takes the steps that one process takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cnnray.datasets.order import Batch
+from cnnray.models.classifier import Classifier
+from cnnray.training.averaging import build_average
+from cnnray.training.freezing import FrozenEpochs
+from cnnray.training.imbalance import balance_loss
+from cnnray.training.loop import EpochData, EpochResult, Trainer, run_epochs
+from cnnray.training.losses import build_loss
+from cnnray.training.optimizers import build_optimizer
+
+DEADLINE_SECONDS = 120
+CUT = 11  # of a batch of 16: the ranks hold unequal parts
+
+
+def global_batch(number: int) -> Batch:
+    generator = np.random.default_rng(number)
+    return Batch(
+        image=generator.integers(0, 256, (16, 1, 4, 4)).astype(np.uint8),
+        label=generator.integers(0, 2, 16),
+        key=np.array([f"{number}/{n}" for n in range(16)]),
+    )
+
+
+def train(
+    rows: slice, *, rank: int, num_workers: int, wrap: Callable[[nn.Module], nn.Module]
+) -> tuple[list[EpochResult], dict[str, Tensor]]:
+    """Three epochs, the first with a frozen backbone; the results and the averaged weights."""
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
+    classifier = Classifier(backbone, mean=[0.5], std=[0.25], head="3")
+    loss = balance_loss(
+        build_loss("focal", label_smoothing=0.1),
+        method="class_weights",
+        class_counts=[30, 18],
+        beta=0.0,
+        tau=1.0,
+        device=torch.device("cpu"),
+    )
+    trainer = Trainer(
+        model=wrap(classifier),
+        optimizer=build_optimizer(classifier, name="sgd", lr=0.5, layer_decay=0.5),
+        loss=loss,
+        learning_rate=lambda step: 0.5,
+        device=torch.device("cpu"),
+        accumulate_steps=3,
+        clip_norm=0.05,
+        freeze=FrozenEpochs(classifier, epochs=1),
+        average=build_average(classifier, decay=0.5),
+    )
+
+    def data(epoch: int) -> EpochData:
+        batches = [
+            Batch(**{name: values[rows] for name, values in global_batch(number).items()})
+            for number in range(3 * epoch, 3 * epoch + 3)
+        ]
+        return EpochData(batches, np.full(3, 16), batches)
+
+    def reduce(sums: Tensor) -> Tensor:
+        if num_workers > 1:
+            dist.all_reduce(sums)
+        return sums
+
+    results = run_epochs(
+        trainer,
+        first_epoch=0,
+        epochs=3,
+        data=data,
+        seed=0,
+        rank=rank,
+        num_workers=num_workers,
+        reduce=reduce,
+    )
+    return list(results), trainer.served.state_dict()
+
+
+def train_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=DEADLINE_SECONDS),
+    )
+    rows = slice(0, CUT) if rank == 0 else slice(CUT, 16)
+    results, weights = train(
+        rows, rank=rank, num_workers=2, wrap=nn.parallel.DistributedDataParallel
+    )
+    losses = torch.tensor([[r.train_loss, r.val_loss] for r in results])
+    torch.save({"losses": losses, "weights": weights}, f"{folder}/rank-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.timeout(2 * DEADLINE_SECONDS)
+def test_two_unequal_ranks_take_the_steps_of_one_process_whatever_is_switched_on(
+    tmp_path: Path,
+) -> None:
+    torch.multiprocessing.spawn(train_rank, args=(str(tmp_path),), nprocs=2)
+    one, other = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1))
+    results, weights = train(slice(0, 16), rank=0, num_workers=1, wrap=lambda model: model)
+    losses = torch.tensor([[r.train_loss, r.val_loss] for r in results])
+    assert torch.equal(one["losses"], other["losses"])  # what early stopping decides by
+    torch.testing.assert_close(one["losses"], losses)
+    for name, tensor in weights.items():
+        assert torch.equal(one["weights"][name], other["weights"][name]), name
+        torch.testing.assert_close(one["weights"][name], tensor)
