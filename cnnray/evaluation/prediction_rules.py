@@ -59,8 +59,8 @@ def imbalance(class_counts: Mapping[str, int], per_class: Sequence[ClassMetrics]
             "largest_class": largest,
             "recall_of_frequent_classes": usual,
         },
-        text=f"{len(harmed)} rare classes are found less often than the frequent ones"
-        f" ({usual:.0%}), whose largest has {largest:,} training images: {named}"
+        text=f"Imbalance harms {len(harmed)} of {len(per_class)} classes, while the frequent ones"
+        f" are found (recall {usual:.0%}, up to {largest:,} training images): {named}"
         f"{', …' if len(harmed) > MAX_NAMES else ''}.",
         advice=(
             "--imbalance.method logit_adjustment, or effective_number",

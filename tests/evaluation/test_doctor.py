@@ -17,7 +17,7 @@ from torch import nn
 from cnnray.config import TrainSettings
 from cnnray.datasets.order import Batch
 from cnnray.evaluation.doctor import diagnose, read_run
-from cnnray.evaluation.findings import Finding, standard_error
+from cnnray.evaluation.findings import Finding, TrainingRun, standard_error
 from cnnray.evaluation.metrics import compute_metrics, predictions_from_logits
 from cnnray.training.loop import EpochData, Trainer, run_epochs
 from cnnray.training.losses import cross_entropy
@@ -293,6 +293,40 @@ def test_every_setting_that_is_advised_exists(fit, mislabelled, long_tailed):
         section, _, name = flag.partition(".")
         field = TrainSettings.model_fields[section]
         assert not name or name in field.annotation.model_fields, flag
+
+
+def test_fast_fall_that_ends_too_early_is_no_low_rate():
+    losses = [2.3, 2.0, 1.7, 1.4, 1.1]  # in a line, by 13 % an epoch and more
+    history = [
+        {"train_loss": loss, "train_accuracy": 0.6, "val_loss": loss, "val_accuracy": 0.6}
+        for loss in losses
+    ]
+    provenance = {
+        "history": [{**epoch, "learning_rate": 0.001} for epoch in history],
+        "dataset": {"class_counts": [100] * 10, "num_val": 400},
+    }
+    found = diagnose(read_run(provenance, classes=CLASSES))
+    assert [(finding.name, finding.advice) for finding in found] == [
+        ("underfitting", ("--epochs 15",))
+    ]
+
+
+def test_few_wrong_labels_are_no_finding(make_predictions):
+    rows = [(str(n), 0, int(n % 250 == 0), 0.95, 0.05, 0) for n in range(1000)]  # 0.4 %
+    predictions = make_predictions(rows)
+    per_class = compute_metrics(predictions, classes=CLASSES).per_class
+    assert diagnose(None, per_class=per_class, predictions=predictions) == []
+
+
+def test_mistakes_on_harmed_classes_are_no_label_noise(make_predictions):
+    frequent = [(f"a{n}", n % 2, n % 2, 0.9, 0.1, 0) for n in range(100)]
+    rare = [(f"b{n}", 2, 0, 0.95, 5.0, 1) for n in range(30)]
+    predictions = make_predictions(frequent + rare)
+    run = TrainingRun(history=(), class_counts={"cat": 500, "dog": 400, "owl": 5}, num_val=0)
+    per_class = compute_metrics(predictions, classes=["cat", "dog", "owl"]).per_class
+    found = diagnose(run, per_class=per_class, predictions=predictions)
+    assert [finding.name for finding in found] == ["imbalance"]
+    assert found[0].evidence["classes"] == ["owl"]
 
 
 def test_findings_are_json(mislabelled, long_tailed):
