@@ -40,7 +40,7 @@ from cnnray.process import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
-RUN_IMAGES = 10_000
+RUN_IMAGES = 50_000
 """A run of fewer is not predicted: it would be over soon after."""
 RUN_SAMPLE = 32
 RUN_SECONDS = 1.0

@@ -214,7 +214,7 @@ def _readers(
 def _decode_what_fits(
     readers: dict[str, SplitReader], settings: TrainSettings, network: Network
 ) -> dict[str, SplitReader]:
-    """The same readers; splits that are small, and the same in every epoch, have been decoded.
+    """The same readers; splits that are small, and quick to vary, have been decoded.
 
     They take half of a node's object store at most, for Ray Data needs some of it, too.
     """
