@@ -24,6 +24,8 @@ from benchmarks.report import Column
 from benchmarks.seaweed import seaweed
 
 WHOLE, STEADY = "images_per_second", "steady_images_per_second"
+AGREEMENT = "agreement"
+"""Of an engine's labels with eager's: the job measures it itself."""
 COLUMNS = (
     Column(WHOLE, "whole run, img/s", 1),
     Column(STEADY, "steady, img/s", 1),
@@ -187,6 +189,8 @@ def labelling_figures(finished: Finished, images: int) -> Figures:
     figures = {"seconds": finished.seconds, WHOLE: images / finished.seconds}
     if finished.marks:
         figures["first_batch_seconds"] = finished.marks[0][0]
+    if finished.result.get(AGREEMENT) is not None:
+        figures[AGREEMENT] = finished.result[AGREEMENT]
     steady = steady_rate(finished.marks)
     return figures if steady is None else {**figures, STEADY: steady}
 

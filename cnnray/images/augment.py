@@ -1,8 +1,8 @@
 """Random variations of training images: the same for the same (seed, epoch, key), anywhere.
 
-All in uint8: shifts and flips by ``geometry``, the rest by torchvision.transforms.v2. What that does
-is drawn from torch's default CPU generator and from nothing else, so that generator is seeded for
-each image and put back afterwards.
+All in uint8: shifts and flips by ``geometry``, the rest by torchvision.transforms.v2, which draws
+from torch's default CPU generator and from nothing else; so that generator is seeded for each image
+and put back afterwards.
 """
 
 from __future__ import annotations
