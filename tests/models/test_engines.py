@@ -27,6 +27,7 @@ from cnnray.models.engines import (
     open_engine,
     prepare_engine,
 )
+from cnnray.models.engines.onnx_export import export_onnx
 from cnnray.models.registry import build_model, head_name
 
 CPU = torch.device("cpu")
@@ -221,6 +222,20 @@ def test_an_engine_has_as_many_threads_as_torch(threads: int) -> None:
     assert compiled.get_property("ENABLE_CPU_PINNING") is False
     assert compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
     assert sys.modules["openvino_telemetry"] is None  # which reports to Intel
+
+
+def test_an_export_is_the_same_after_eager_has_turned_the_weights() -> None:
+    pooled = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    )
+    model = Classifier(pooled, mean=(0.5,) * 3, std=(0.5,) * 3, head="3").eval()
+    bundle = Bundle(model, make_bundle(*NETWORKS["colour"]).spec, "digest")
+    before = export_onnx(bundle, embeddings=False)
+    EagerEngine(model, device=CPU, embeddings=False)
+    weight = next(model.parameters())
+    assert not weight.is_contiguous()
+    assert export_onnx(bundle, embeddings=False) == before
+    assert not weight.is_contiguous()  # nor has the export turned them back
 
 
 class Undecided(nn.Module):

@@ -6,6 +6,8 @@ the way, so that batch norms and the padding arithmetic of EfficientNets are gon
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from cnnray.errors import ModelError
@@ -25,9 +27,12 @@ def export_onnx(bundle: Bundle, *, embeddings: bool) -> bytes:
     preprocessing = bundle.spec.preprocessing
     size = preprocessing.size
     images = torch.zeros((2, preprocessing.channels, size, size), dtype=torch.uint8)
+    # A model in channels-last order, as eager has it, is exported with strides in the graph, which
+    # OpenVINO gets wrong in int8 (EfficientNet-Lite0: 70 of 100 labels).
+    model = copy.deepcopy(bundle.model).to(memory_format=torch.contiguous_format)
     try:
         program = torch.onnx.export(
-            Network(bundle.model, embeddings=embeddings).eval(),
+            Network(model, embeddings=embeddings).eval(),
             (images,),
             dynamo=True,
             input_names=[INPUT],

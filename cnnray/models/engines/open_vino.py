@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +35,5 @@ class OpenVinoEngine:
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         outputs = self.request.infer([images.contiguous().numpy()], share_inputs=True)
-        # Copies: the next call writes into the same memory.
-        logits, *features = (torch.from_numpy(np.array(outputs[n])) for n in range(len(outputs)))
+        logits, *features = (torch.from_numpy(outputs[n]) for n in range(len(outputs)))
         return logits, features[0] if features else None
