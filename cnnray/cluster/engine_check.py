@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any
 
 import ray
 
@@ -20,7 +19,13 @@ from cnnray.cluster.tasks import MAX_RETRIES
 from cnnray.errors import CnnrayError, SettingsError
 from cnnray.labeling.agreement import Agreement, count_agreement, read_images, sample_plan
 from cnnray.models.bundle import load_bundle
-from cnnray.models.engines import EagerEngine, EngineChoice, open_engine, prepare_engine
+from cnnray.models.engines import (
+    EagerEngine,
+    EngineChoice,
+    PreparedEngine,
+    open_engine,
+    prepare_engine,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -70,15 +75,15 @@ def _remedy(choice: EngineChoice) -> str:
 
 def _run_as_worker(job: LabelJob, choice: EngineChoice) -> CheckedEngine:
     stage = job.stages[-1]
-    task = ray.remote(
-        num_cpus=stage.num_cpus, num_gpus=stage.num_gpus, num_returns=2, max_retries=MAX_RETRIES
-    )(_prepare)
+    task = ray.remote(num_cpus=stage.num_cpus, num_gpus=stage.num_gpus, max_retries=MAX_RETRIES)(
+        _prepare
+    )
     seconds = job.settings.cluster.stall_seconds
-    report, prepared = task.remote(job, choice)
+    reference = task.remote(job, choice)
     try:
-        choice, agreement = ray.get(report, timeout=seconds)
+        prepared, agreement = ray.get(reference, timeout=seconds)
     except ray.exceptions.GetTimeoutError as error:
-        ray.cancel(report, force=True)
+        ray.cancel(reference, force=True)
         raise CnnrayError(
             f"engine {choice} was not ready after {seconds:.0f} s",
             hint="look at the cluster, or raise --cluster.stall_seconds",
@@ -90,11 +95,12 @@ def _run_as_worker(job: LabelJob, choice: EngineChoice) -> CheckedEngine:
                 f"engine {choice} does not work: {last_line(error)}", hint="--engine.name eager"
             )
         ) from error
-    return CheckedEngine(choice, agreement, prepared)
+    # From here on it is the driver's object: the node that made it may go.
+    return CheckedEngine(prepared.choice, agreement, ray.put(prepared))
 
 
-def _prepare(job: LabelJob, choice: EngineChoice) -> tuple[Any, Any]:
-    """(choice, agreement) and the prepared engine; in a process like a worker's."""
+def _prepare(job: LabelJob, choice: EngineChoice) -> tuple[PreparedEngine, Agreement]:
+    """The engine, and how its labels agree with eager's; in a process like a worker's."""
     settings = job.settings
     device = set_up_actor(use_gpu=settings.scaling.use_gpu)
     bundle = load_bundle(job.model)
@@ -113,7 +119,7 @@ def _prepare(job: LabelJob, choice: EngineChoice) -> tuple[Any, Any]:
         images[::2] if is_int8 else images,
         batch_size=batch_size,
     )
-    return (prepared.choice, agreement), prepared
+    return prepared, agreement
 
 
 def with_engine(job: LabelJob, checked: CheckedEngine) -> LabelJob:
