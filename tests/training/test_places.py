@@ -109,20 +109,20 @@ def assert_same_weights(one: Trainer, other: Trainer) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_from_every_step_a_run_goes_on_to_the_same_losses_and_weights_bit_for_bit(
+def test_from_any_place_a_run_goes_on_to_the_same_losses_and_weights_bit_for_bit(
     make_trainer: MakeTrainer, tmp_path: Path, optimizer: str
 ) -> None:
     whole = make_trainer(optimizer=optimizer, dropout=0.5)
     places: list[Path] = []
     results: list[EpochResult] = []
-    for reached in run(whole, every=1):
+    for reached in run(whole, every=2):
         if isinstance(reached, EpochResult):
             results.append(reached)
             continue
         places.append(tmp_path / f"{len(places)}")
         with CheckpointWriter(LocalStore(str(places[-1])), keep=1, seconds=10) as writer:
             writer.save(state(whole, [r.to_dict() for r in results], reached))
-    assert len(places) == EPOCHS * (order_of(0).num_steps - 1)
+    assert len(places) == 6
     for folder in places:
         torch.manual_seed(12345)  # another process has another generator
         resumed = make_trainer(optimizer=optimizer, dropout=0.5)
