@@ -152,6 +152,23 @@ def test_places_are_counted_in_steps_of_the_run_and_never_where_an_epoch_ends(
     assert [r.step for r in reached if isinstance(r, EpochResult)] == [7, 14, 21]
 
 
+def test_dropout_differs_between_the_steps_of_an_epoch(
+    make_trainer: MakeTrainer, make_batch: MakeBatch
+) -> None:
+    data = EpochData([make_batch(16, seed=1)] * 4, np.full(4, 16), ())
+    reached = run_epochs(
+        make_trainer(lr=0.0, dropout=0.5),
+        first_epoch=0,
+        epochs=1,
+        data=lambda _: data,
+        seed=0,
+        cadence=Cadence(every_steps=1),
+    )
+    sums = [0.0, *(place.tally.loss_sum for place in reached if isinstance(place, Place))]
+    losses = np.diff(sums).round(6)
+    assert len(set(losses.tolist())) == 3
+
+
 def test_without_a_cadence_there_is_no_place(make_trainer: MakeTrainer) -> None:
     assert all(isinstance(reached, EpochResult) for reached in run(make_trainer()))
 
@@ -360,6 +377,31 @@ def test_after_twenty_kills_at_random_the_order_log_and_the_weights_are_the_unin
     assert logged(tmp_path / "log") == logged(tmp_path / "whole-log")
     one, other = (load_latest(LocalStore(str(tmp_path / name))) for name in ("whole", "run"))
     assert [r["train_loss"] for r in one.history] == [r["train_loss"] for r in other.history]
+
+
+def test_the_order_log_of_three_workers_is_gone_on_with_by_two_without_a_seam(
+    tmp_path: Path,
+) -> None:
+    store = LocalStore(str(tmp_path / "log"))
+    for rank in range(3):  # killed after six steps, of which four are safe
+        log = OrderLog(store, rank=rank)
+        batches = log.record(data_of(0, rank=rank, num_workers=3).batches, begin=Place(0))
+        for step in range(6):
+            if step == 4:
+                log.flush()
+            next(batches)
+    remove_order(store, begin=Place(0, 4))
+    for rank in range(2):
+        data = data_of(0, first_step=4, rank=rank, num_workers=2)
+        list(OrderLog(store, rank=rank).record(data.batches, begin=Place(0, 4)))
+    whole = LocalStore(str(tmp_path / "whole"))
+    list(OrderLog(whole, rank=0).record(data_of(0).batches, begin=Place(0)))
+
+    def pairs(folder: Path) -> list[tuple[int, str]]:
+        return sorted((row["step"], row["key"]) for row in logged(folder))
+
+    assert len(pairs(tmp_path / "log")) == 125
+    assert pairs(tmp_path / "log") == pairs(tmp_path / "whole")
 
 
 def test_a_place_keeps_the_sums_of_its_epoch(make_trainer: MakeTrainer) -> None:
