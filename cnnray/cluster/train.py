@@ -2,7 +2,7 @@
 
 The output folder is the bundle, with the run's checkpoints beside it under ``training/``. Workers
 checkpoint there by themselves, so a restart (Ray Train's, or a new submission) goes on from the
-last epoch that is whole.
+last checkpoint that is whole, at its very step.
 """
 
 from __future__ import annotations
@@ -282,7 +282,7 @@ def _worker_failure(error: Exception) -> CnnrayError:
 def _finish(job: TrainJob, *, manifest: Manifest, output: Store, seconds: float) -> dict[str, Any]:
     """Write the bundle of the best epoch and say what came out."""
     last = load_latest(job.run)
-    if last is None:
+    if last is None or not last.history:
         raise CnnrayError(f"no checkpoint at {job.run.uri} after training")
     best = load_checkpoint(job.run, last.best_epoch)
     if best is None:
@@ -303,7 +303,7 @@ def _finish(job: TrainJob, *, manifest: Manifest, output: Store, seconds: float)
         "model": digest,
         "epochs": last.epochs_done,
         "best_epoch": last.best_epoch + 1,
-        "steps": last.step,
+        "steps": last.history[-1]["step"],
         "train_loss": metrics["train_loss"],
         "val_loss": metrics["val_loss"],
         "val_accuracy": metrics["val_accuracy"],

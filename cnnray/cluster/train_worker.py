@@ -17,18 +17,26 @@ from cnnray.cluster.ingest import SplitReader, set_up_data_context
 from cnnray.cluster.runtime import find_cause
 from cnnray.config import TrainSettings
 from cnnray.datasets.order import EpochOrder, assemble, lanes_of, plan_epoch
-from cnnray.errors import NonFiniteLossError, StorageError
+from cnnray.errors import CnnrayError, NonFiniteLossError, StorageError
 from cnnray.process import keep_freed_memory
 from cnnray.storage import Store
 from cnnray.training.averaging import build_average, restore_average
-from cnnray.training.checkpoints import Checkpoint, load_latest, model_tensors, save_checkpoint
+from cnnray.training.checkpoints import (
+    Checkpoint,
+    CheckpointWriter,
+    load_at,
+    load_latest,
+    model_tensors,
+)
+from cnnray.training.finite import Reduce
 from cnnray.training.freezing import FrozenEpochs
 from cnnray.training.imbalance import balance_loss
-from cnnray.training.loop import EpochData, Trainer, run_epochs
+from cnnray.training.loop import Cadence, EpochData, EpochResult, Trainer, run_epochs
 from cnnray.training.losses import Loss, build_loss
 from cnnray.training.network import Network
 from cnnray.training.optimizers import build_optimizer, restore_optimizer
-from cnnray.training.order_log import log_order
+from cnnray.training.order_log import OrderLog, remove_order
+from cnnray.training.places import Interval, Place
 from cnnray.training.prefetch import prefetch
 from cnnray.training.schedules import learning_rate_factor, peak_learning_rate
 from cnnray.training.stopping import has_stalled
@@ -61,31 +69,8 @@ def train_worker(config: Mapping[str, Any]) -> None:
         logging.getLogger("cnnray").addHandler(BoardHandler(job.board))
     if ray.get(job.board.get_failure.remote(), timeout=60) is not None:
         return  # restarted, but for a reason that a restart does not cure
-    checkpoint = load_latest(job.run)
-    trainer = _build_trainer(job, checkpoint)
-    history = list(checkpoint.history) if checkpoint else []
-    if _is_over(settings, history):
-        return
     try:
-        for result in run_epochs(
-            trainer,
-            first_epoch=len(history),
-            epochs=settings.epochs,
-            data=_epoch_feeder(job, len(history), rank=rank, num_workers=num_workers),
-            seed=settings.seed,
-            rank=rank,
-            num_workers=num_workers,
-            reduce=_all_reduce if num_workers > 1 else lambda tensor: tensor,
-            report_seconds=settings.cluster.progress_seconds,
-            on_progress=lambda progress: job.board.post.remote(progress) if rank == 0 else None,
-        ):
-            history.append(result.to_dict())
-            if rank == 0:
-                save_checkpoint(job.run, _snapshot(trainer, history), keep=settings.checkpoint.keep)
-                job.board.post.remote(result)
-            ray.train.report(_numbers(history[-1]))  # every rank waits here for the checkpoint
-            if _is_over(settings, history):
-                break
+        _train(job, rank=rank, num_workers=num_workers)
     except Exception as error:
         cause = find_cause(error)
         if cause is None or isinstance(cause, StorageError):
@@ -93,6 +78,70 @@ def train_worker(config: Mapping[str, Any]) -> None:
         ray.get(job.board.fail.remote(cause), timeout=60)
         if not isinstance(cause, NonFiniteLossError):
             raise  # on this rank alone: ends the others, too
+
+
+def _train(job: TrainJob, *, rank: int, num_workers: int) -> None:
+    """Train to the end from the last checkpoint, writing new ones."""
+    settings = job.settings
+    reduce = _all_reduce if num_workers > 1 else lambda tensor: tensor
+    checkpoint = _load_together(job, rank=rank, reduce=reduce)
+    history = list(checkpoint.history) if checkpoint else []
+    if _is_over(settings, history):
+        return
+    trainer = _build_trainer(job, checkpoint)
+    begin = checkpoint.place if checkpoint and checkpoint.place else Place(len(history))
+    log = None if job.order_log is None else OrderLog(job.order_log, rank=rank)
+    if log is not None and rank == 0:
+        remove_order(log.store, begin=begin)
+    clock = Interval(60 * settings.checkpoint.every_minutes if rank == 0 else 0)
+    with CheckpointWriter(
+        job.run, keep=settings.checkpoint.keep, seconds=settings.cluster.stall_seconds
+    ) as writer:
+        for reached in run_epochs(
+            trainer,
+            first_epoch=begin.epoch,
+            epochs=settings.epochs,
+            place=begin,
+            data=_epoch_feeder(job, begin, log, rank=rank, num_workers=num_workers),
+            seed=settings.seed,
+            cadence=Cadence(settings.checkpoint.every_steps, clock.is_over),
+            rank=rank,
+            num_workers=num_workers,
+            reduce=reduce,
+            report_seconds=settings.cluster.progress_seconds,
+            on_progress=lambda progress: job.board.post.remote(progress) if rank == 0 else None,
+        ):
+            place = reached if isinstance(reached, Place) else None
+            if isinstance(reached, EpochResult):
+                history.append(reached.to_dict())
+            elif log is not None:
+                log.flush()
+                reduce(torch.zeros(1, device=trainer.device)).item()  # until all ranks have
+            if rank == 0:
+                writer.save(_state(trainer, history, place))
+            clock.restart()
+            if isinstance(reached, EpochResult):
+                if rank == 0:
+                    job.board.post.remote(reached)
+                ray.train.report(_numbers(history[-1]))
+                if _is_over(settings, history):
+                    break
+
+
+def _load_together(job: TrainJob, *, rank: int, reduce: Reduce) -> Checkpoint | None:
+    """The checkpoint that rank 0 finds, on all ranks: each for itself might find another one.
+
+    Raises ``CnnrayError`` on a rank that cannot read it.
+    """
+    checkpoint = load_latest(job.run) if rank == 0 else None
+    position = checkpoint.position if checkpoint else (0, 0)
+    shared = torch.tensor(position, dtype=torch.int64, device=ray.train.torch.get_device())
+    epochs_done, step = reduce(shared).tolist()
+    if rank > 0 and (epochs_done, step) != (0, 0):
+        checkpoint = load_at(job.run, (epochs_done, step))
+        if checkpoint is None:
+            raise CnnrayError(f"rank {rank} cannot read the checkpoint that rank 0 has read")
+    return checkpoint
 
 
 def _is_over(settings: TrainSettings, history: list[dict[str, Any]]) -> bool:
@@ -169,25 +218,25 @@ def _order(job: TrainJob, *, epoch: int) -> EpochOrder:
 
 
 def _epoch_feeder(
-    job: TrainJob, first_epoch: int, *, rank: int, num_workers: int
+    job: TrainJob, begin: Place, log: OrderLog | None, *, rank: int, num_workers: int
 ) -> Callable[[int], EpochData]:
     """This rank's data of each epoch, asked for in turn, out of one stream that reads ahead."""
     lanes = lanes_of(rank, num_workers=num_workers)
+
+    def place_in(epoch: int) -> Place:
+        return begin if epoch == begin.epoch else Place(epoch)
+
     blocks = job.train.stream_epochs(
-        range(first_epoch, job.settings.epochs),
-        lambda epoch: _order(job, epoch=epoch).units_of(lanes),
+        range(begin.epoch, job.settings.epochs),
+        lambda epoch: _order(job, epoch=epoch).units_of(lanes, first_step=place_in(epoch).step),
     )
     val = job.val
 
     def feed(epoch: int) -> EpochData:
-        order = _order(job, epoch=epoch)
-        batches = prefetch(assemble(order, blocks, lanes=lanes))
-        if job.order_log is not None:
-            batches = log_order(
-                batches, store=job.order_log, epoch=epoch, rank=rank, num_workers=num_workers
-            )
+        order, place = _order(job, epoch=epoch), place_in(epoch)
+        batches = prefetch(assemble(order, blocks, lanes=lanes, first_step=place.step))
         return EpochData(
-            batches=batches,
+            batches=batches if log is None else log.record(batches, begin=place),
             global_batch_sizes=order.batch_sizes,
             validation=() if val is None else val.share(rank, num_workers),
         )
@@ -200,13 +249,15 @@ def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _snapshot(trainer: Trainer, history: list[dict[str, Any]]) -> Checkpoint:
+def _state(trainer: Trainer, history: list[dict[str, Any]], place: Place | None) -> Checkpoint:
+    """What a checkpoint holds, sharing its memory with the training."""
     return Checkpoint(
         model=model_tensors(trainer.served),
         optimizer=trainer.optimizer.state_dict(),
         step=trainer.step,
         history=tuple(history),
         trained={} if trainer.average is None else model_tensors(trainer.trained),
+        place=place,
     )
 
 

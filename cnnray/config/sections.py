@@ -291,9 +291,13 @@ class EarlyStoppingSettings(Section):
 
 
 class CheckpointSettings(Section):
-    """Checkpoints of training."""
+    """Checkpoints of training: one after each epoch, and inside epochs."""
 
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    """optimizer steps from one inside epochs to the next (0: not by steps)"""
+    every_minutes: Annotated[float, Field(ge=0.0)] = 10.0
+    """minutes after which one is written inside an epoch, at the next 50th step (0: not by time)"""
     keep: PositiveInt = 2
-    """latest checkpoints kept (the best one is kept besides)"""
+    """latest ones after epochs that are kept (the best one, and two inside epochs, besides)"""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """restarts from the last checkpoint after a worker died"""

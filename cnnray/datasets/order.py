@@ -77,10 +77,28 @@ class EpochOrder:
         """Optimizer steps of the epoch."""
         return len(self.batch_sizes)
 
-    def units_of(self, lanes: Sequence[int]) -> list[Unit]:
-        """The units of some lanes, in the order in which they are first needed."""
+    def units_of(self, lanes: Sequence[int], *, first_step: int = 0) -> list[Unit]:
+        """The units of some lanes that steps from ``first_step`` on need, in the order of need."""
+        units, _ = self._from(first_step)
         owned = set(lanes)
-        return [unit for unit in self.units if unit.lane in owned]
+        return [unit for unit in units if unit.lane in owned]
+
+    def rows_to_skip(self, first_step: int) -> npt.NDArray[np.int64]:
+        """(lanes,): rows of the first unit that each lane still needs which earlier steps used."""
+        return self._from(first_step)[1]
+
+    def _from(self, first_step: int) -> tuple[list[Unit], npt.NDArray[np.int64]]:
+        shares = _shares(self.batch_sizes[:first_step], num_lanes=self.num_lanes)
+        used = shares.sum(axis=0)  # (lanes,): rows that are not in a unit left out so far
+        needed: list[Unit] = []
+        reached: set[int] = set()  # lanes whose first unit that is needed has come
+        for unit in self.units:
+            if unit.lane not in reached and unit.num_rows <= used[unit.lane]:
+                used[unit.lane] -= unit.num_rows
+            else:
+                reached.add(unit.lane)
+                needed.append(unit)
+        return needed, used
 
 
 def plan_epoch(
@@ -145,21 +163,27 @@ def lanes_of(rank: int, *, num_workers: int, num_lanes: int = NUM_LANES) -> list
 
 
 def assemble(
-    order: EpochOrder, blocks: Iterable[tuple[int, Batch]], *, lanes: Sequence[int]
+    order: EpochOrder,
+    blocks: Iterable[tuple[int, Batch]],
+    *,
+    lanes: Sequence[int],
+    first_step: int = 0,
 ) -> Iterator[Batch]:
-    """This worker's part of every global batch, from (lane, rows) blocks in the order of the units.
+    """This worker's part of every global batch from ``first_step`` on.
 
-    Raises ``ValueError`` when the blocks end before the epoch does: an epoch that is fed fewer rows
-    than it was promised must never look finished.
+    ``blocks`` are (lane, rows), in the order of the units that those steps need. Raises
+    ``ValueError`` when they end before the epoch does: an epoch that is fed fewer rows than it was
+    promised must never look finished.
     """
     shares = _shares(order.batch_sizes, num_lanes=order.num_lanes)
     waiting: dict[int, deque[Batch]] = {lane: deque() for lane in lanes}
     stored = dict.fromkeys(lanes, 0)
     source = iter(blocks)
-    for step in range(order.num_steps):
+
+    def draw(step: int, rows: npt.NDArray[np.int64]) -> list[Batch]:
         parts: list[Batch] = []
         for lane in lanes:
-            wanted = int(shares[step, lane])
+            wanted = int(rows[lane])
             while stored[lane] < wanted:
                 block_lane, block = next(source, (-1, None))
                 if block is None:
@@ -168,7 +192,11 @@ def assemble(
                 stored[block_lane] += len(block["label"])
             stored[lane] -= wanted
             parts.extend(_take(waiting[lane], wanted))
-        yield _concatenate(parts)
+        return parts
+
+    draw(first_step, order.rows_to_skip(first_step))
+    for step in range(first_step, order.num_steps):
+        yield _concatenate(draw(step, shares[step]))
 
 
 def _take(blocks: deque[Batch], count: int) -> Iterator[Batch]:

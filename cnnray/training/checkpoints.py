@@ -1,6 +1,7 @@
 """Checkpoints of a run: tensors as safetensors, the rest as JSON, a digest manifest written last.
 
     <folder>/epoch-00003/model.safetensors  optimizer.safetensors  state.json  MANIFEST.json
+    <folder>/epoch-00003-step-00000120/…    the same, inside epoch 3, after 120 of its steps
 
 A checkpoint without its manifest does not exist; one whose digests do not match is passed over for
 the one before it. Nothing is ever unpickled.
@@ -11,8 +12,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from concurrent import futures
+from dataclasses import asdict, dataclass, field, replace
+from types import TracebackType
 from typing import Any
 
 import safetensors
@@ -20,8 +24,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from cnnray.errors import MissingObjectError, StorageError
+from cnnray.errors import CnnrayError, MissingObjectError, StorageError, UnavailableError
 from cnnray.storage import Store, encode_json, read_json, sha256
+from cnnray.training.places import Place, Tally
 
 logger = logging.getLogger(__name__)
 
@@ -31,17 +36,29 @@ TRAINED = "trained/"
 """Begins the names of weights that go on learning, in the optimizer's file."""
 GROUP = "group/"
 """Begins the names of what belongs to a whole group of parameters there."""
+KEPT_PLACES = 2
+"""Latest checkpoints inside epochs that are kept."""
+FOLDER = re.compile(r"epoch-(\d+)(?:-step-(\d+))?")
+
+Position = tuple[int, int]
+"""Epochs done and steps of the next one: the order of checkpoints."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of training after ``history``'s last epoch."""
+    """The state of training after ``history``'s last epoch, or at a place in the next one."""
 
     model: dict[str, Tensor]  # what is evaluated, and saved in the bundle
     optimizer: dict[str, Any]  # a torch optimizer's state_dict
     step: int
     history: tuple[dict[str, Any], ...]  # one EpochResult.to_dict() an epoch
     trained: dict[str, Tensor] = field(default_factory=dict)  # where ``model`` is their average
+    place: Place | None = None  # None: the last epoch of the history is just done
+
+    @property
+    def position(self) -> Position:
+        """Where it stands among the checkpoints of its run."""
+        return self.epochs_done, self.place.step if self.place else 0
 
     @property
     def epochs_done(self) -> int:
@@ -61,32 +78,74 @@ def score(result: Mapping[str, Any]) -> float:
 
 
 def save_checkpoint(store: Store, checkpoint: Checkpoint, *, keep: int) -> None:
-    """Write a checkpoint and remove those that are neither among the last ``keep`` nor the best."""
-    folder = _folder(checkpoint.epochs_done - 1)
-    tensors, groups = _split_optimizer(checkpoint.optimizer)
-    tensors |= {f"{TRAINED}{name}": tensor for name, tensor in checkpoint.trained.items()}
-    files = {
-        "model.safetensors": safetensors.torch.save(_contiguous(checkpoint.model)),
-        "optimizer.safetensors": safetensors.torch.save(_contiguous(tensors)),
-        "state.json": encode_json(
-            {
-                "step": checkpoint.step,
-                "history": list(checkpoint.history),
-                "optimizer": groups,
-            }
-        ),
-    }
-    for name, data in files.items():
-        store.write(f"{folder}/{name}", data)
-    digests = {name: sha256(data) for name, data in files.items()}
-    store.write(f"{folder}/{MANIFEST}", encode_json({"sha256": digests}))
-    _prune(store, checkpoint, keep=keep)
+    """Write a checkpoint and remove older ones.
+
+    Of those after an epoch the last ``keep`` and the best stay, of those inside epochs the last
+    ``KEPT_PLACES``.
+    """
+    _write(store, _snapshot(checkpoint), keep=keep)
+
+
+class CheckpointWriter:
+    """Writes checkpoints on a thread of its own, one after the other.
+
+    Every call raises what the thread died of since the last one, and ``CnnrayError`` when a
+    checkpoint takes longer than ``seconds``. Left by an error, it waits for the checkpoint under
+    way, which is from before the error, and lets the error pass.
+    """
+
+    def __init__(self, store: Store, *, keep: int, seconds: float) -> None:
+        self.store = store
+        self.keep = keep
+        self.seconds = seconds
+        self.thread = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending: futures.Future[None] | None = None
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Copy a checkpoint and begin to write the copy, once the one before it is written."""
+        self._wait()
+        self.pending = self.thread.submit(_write, self.store, _snapshot(checkpoint), keep=self.keep)
+
+    def close(self) -> None:
+        """Wait until all is written."""
+        try:
+            self._wait()
+        finally:
+            self.thread.shutdown(wait=False, cancel_futures=True)
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except Exception as failure:
+            if error is None:
+                raise
+            logger.warning("a checkpoint was not written: %s", failure)
+
+    def _wait(self) -> None:
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        futures.wait([pending], timeout=self.seconds)
+        if not pending.done():
+            raise CnnrayError(
+                f"a checkpoint was not written to {self.store.uri} within {self.seconds:g} s",
+                hint="raise --cluster.stall_seconds",
+            )
+        pending.result()
 
 
 def load_latest(store: Store) -> Checkpoint | None:
     """The newest checkpoint that is whole, or None. Damaged ones are named in the log."""
-    for epoch in sorted(_epochs(store), reverse=True):
-        checkpoint = load_checkpoint(store, epoch)
+    for position in sorted(_positions(store), reverse=True):
+        checkpoint = load_at(store, position)
         if checkpoint is not None:
             return checkpoint
     return None
@@ -94,7 +153,12 @@ def load_latest(store: Store) -> Checkpoint | None:
 
 def load_checkpoint(store: Store, epoch: int) -> Checkpoint | None:
     """The checkpoint after a 0-based epoch, or None when it is damaged or not there."""
-    folder = _folder(epoch)
+    return load_at(store, (epoch + 1, 0))
+
+
+def load_at(store: Store, position: Position) -> Checkpoint | None:
+    """The checkpoint at a position, or None when it is damaged or not there."""
+    folder = _folder(position)
     try:
         digests = read_json(store, f"{folder}/{MANIFEST}")["sha256"]
         files = {name: store.read(f"{folder}/{name}") for name in FILES}
@@ -102,6 +166,8 @@ def load_checkpoint(store: Store, epoch: int) -> Checkpoint | None:
     except MissingObjectError as error:
         logger.warning("incomplete checkpoint passed over: %s", error)
         return None
+    except UnavailableError:
+        raise  # later it may be there: no reason to fall back
     except (StorageError, KeyError, TypeError) as error:
         damaged = [f"{MANIFEST} ({error})"]
     if damaged:
@@ -116,42 +182,104 @@ def load_checkpoint(store: Store, epoch: int) -> Checkpoint | None:
         step=state["step"],
         history=tuple(state["history"]),
         trained={name.removeprefix(TRAINED): tensor for name, tensor in trained.items()},
+        place=_decode_place(state.get("place")),  # checkpoints of older versions have none
     )
 
 
 def delete_checkpoints(store: Store) -> None:
     """Remove every checkpoint, manifests first."""
-    for epoch in _epochs(store):
-        _delete(store, epoch)
+    for position in _positions(store):
+        _delete(store, position)
 
 
-def _folder(epoch: int) -> str:
-    return f"epoch-{epoch:05d}"
+def _folder(position: Position) -> str:
+    epochs_done, step = position
+    return f"epoch-{epochs_done:05d}-step-{step:08d}" if step else f"epoch-{epochs_done - 1:05d}"
 
 
-def _epochs(store: Store) -> list[int]:
+def _positions(store: Store) -> list[Position]:
     try:
         names = store.list_folders()
     except MissingObjectError:
         return []
-    return [int(name[6:]) for name in names if name.startswith("epoch-") and name[6:].isdecimal()]
+    found = [match.groups() for name in names if (match := FOLDER.fullmatch(name))]
+    return [(int(epoch), int(step)) if step else (int(epoch) + 1, 0) for epoch, step in found]
+
+
+def _write(store: Store, checkpoint: Checkpoint, *, keep: int) -> None:
+    folder = _folder(checkpoint.position)
+    tensors, groups = _split_optimizer(checkpoint.optimizer)
+    tensors |= {f"{TRAINED}{name}": tensor for name, tensor in checkpoint.trained.items()}
+    files = {
+        "model.safetensors": safetensors.torch.save(checkpoint.model),
+        "optimizer.safetensors": safetensors.torch.save(tensors),
+        "state.json": encode_json(
+            {
+                "step": checkpoint.step,
+                "place": asdict(checkpoint.place) if checkpoint.place else None,
+                "history": list(checkpoint.history),
+                "optimizer": groups,
+            }
+        ),
+    }
+    for name, data in files.items():
+        store.write(f"{folder}/{name}", data)
+    digests = {name: sha256(data) for name, data in files.items()}
+    store.write(f"{folder}/{MANIFEST}", encode_json({"sha256": digests}))
+    _prune(store, checkpoint, keep=keep)
+
+
+def _decode_place(state: Mapping[str, Any] | None) -> Place | None:
+    if state is None:
+        return None
+    return Place(state["epoch"], state["step"], Tally(**state["tally"]))
 
 
 def _prune(store: Store, checkpoint: Checkpoint, *, keep: int) -> None:
-    newest = checkpoint.epochs_done - 1
-    kept = {*range(newest - keep + 1, newest + 1), checkpoint.best_epoch}
-    for epoch in _epochs(store):
-        if epoch not in kept and epoch < newest:
-            _delete(store, epoch)
+    """Remove what is older than ``checkpoint`` and neither among the last ones nor the best.
+
+    What is newer and inside an epoch goes, too: a run that had found it whole would not be here.
+    """
+    positions = sorted(_positions(store))
+    after_epochs = [position for position in positions if not position[1]]
+    inside_epochs = [position for position in positions if position[1]]
+    now = checkpoint.position
+    kept = {
+        *[position for position in after_epochs if position <= now][-keep:],
+        *[position for position in after_epochs if position > now],
+        *[position for position in inside_epochs if position <= now][-KEPT_PLACES:],
+    }
+    if checkpoint.history:
+        kept.add((checkpoint.best_epoch + 1, 0))
+    for position in positions:
+        if position not in kept:
+            _delete(store, position)
 
 
-def _delete(store: Store, epoch: int) -> None:
+def _delete(store: Store, position: Position) -> None:
     for name in (MANIFEST, *FILES):  # the manifest first: a half-deleted checkpoint is none
-        store.delete(f"{_folder(epoch)}/{name}")
+        store.delete(f"{_folder(position)}/{name}")
 
 
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+def _snapshot(checkpoint: Checkpoint) -> Checkpoint:
+    """The same, sharing no memory with the training that goes on."""
+    return replace(
+        checkpoint,
+        model=_copied(checkpoint.model),
+        optimizer=_copied(checkpoint.optimizer),
+        trained=_copied(checkpoint.trained),
+    )
+
+
+def _copied(value: Any) -> Any:
+    """The same at any depth, its tensors copied to the CPU, contiguous."""
+    if isinstance(value, Tensor):
+        return torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
+    if isinstance(value, Mapping):
+        return {name: _copied(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copied(item) for item in value]
+    return value
 
 
 def _split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

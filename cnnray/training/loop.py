@@ -1,16 +1,17 @@
-"""The training loop: a generator of epoch results that knows nothing of Ray.
+"""The training loop: a generator of epoch results, and of places worth a checkpoint.
 
-Data comes in as iterables of batches, results go out as values, and the only thing the ranks share
-is ``reduce``, which adds a small tensor over them (the identity on one process).
+It knows nothing of Ray. Data comes in as iterables of batches, results go out as values, and the
+only thing the ranks share is ``reduce``, which adds a small tensor over them (the identity on one
+process).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -20,32 +21,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from cnnray.datasets.order import Batch
 from cnnray.errors import NonFiniteLossError
+from cnnray.training.finite import HINT, LossWatch, Ranks, Reduce
 from cnnray.training.freezing import FrozenEpochs
 from cnnray.training.losses import Loss
+from cnnray.training.places import Place, Tally
 from cnnray.training.progress import Meter, Progress
 
-Reduce = Callable[[Tensor], Tensor]
-
 FINITE_CHECK_STEPS = 50
-
-
-@dataclass(frozen=True)
-class Tally:
-    """Additive counts: means are taken once, at the end, from sums over all ranks."""
-
-    loss_sum: float = 0.0
-    num_correct: float = 0.0
-    num_samples: float = 0.0
-
-    @property
-    def loss(self) -> float:
-        """Mean loss of a sample."""
-        return self.loss_sum / self.num_samples if self.num_samples else math.nan
-
-    @property
-    def accuracy(self) -> float:
-        """Fraction of samples whose label has the highest logit."""
-        return self.num_correct / self.num_samples if self.num_samples else math.nan
+"""Steps between two looks at what all ranks must know: losses that are not finite, wishes."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +88,18 @@ class Trainer:
 class EpochData:
     """This rank's part of one epoch."""
 
-    batches: Iterable[Batch]
-    global_batch_sizes: np.ndarray[Any, Any]  # (steps,)
+    batches: Iterable[Batch]  # from the step on at which the epoch is begun
+    global_batch_sizes: np.ndarray[Any, Any]  # (steps,) of the whole epoch
     validation: Iterable[Batch]
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """When a checkpoint inside an epoch is due: the same on all ranks, so never by their clocks."""
+
+    every_steps: int = 0  # optimizer steps, counted over the whole run; 0: not by steps
+    is_wished: Callable[[], bool] = lambda: False
+    """Asked on each rank every ``FINITE_CHECK_STEPS``; what one wishes, by its clock, all do."""
 
 
 def run_epochs(
@@ -117,40 +109,47 @@ def run_epochs(
     epochs: int,
     data: Callable[[int], EpochData],
     seed: int,
+    place: Place | None = None,
+    cadence: Cadence = Cadence(),  # noqa: B008  frozen
     rank: int = 0,
     num_workers: int = 1,
     reduce: Reduce = lambda tensor: tensor,
     report_seconds: float = 10.0,
     on_progress: Callable[[Progress], None] = lambda progress: None,
-) -> Iterator[EpochResult]:
+) -> Iterator[EpochResult | Place]:
     """Train for epochs ``first_epoch`` to ``epochs`` - 1, yielding after each one's validation.
 
-    Dropout and the like depend on (seed, epoch, rank), so that a resumed epoch repeats what an
-    uninterrupted run does. Raises ``NonFiniteLossError`` on every rank at the same step.
+    Between two steps of an epoch it yields the ``Place`` on every rank when a checkpoint is due.
+    Given one in ``first_epoch``, it goes on from there: ``data`` gives the batches of the steps
+    that are left, and the result is of the whole epoch (its speed and times are of the rest).
+
+    Dropout and the like depend on (seed, epoch, step, rank), so that a resumed epoch repeats what
+    an uninterrupted run does. Raises ``NonFiniteLossError`` on every rank at the same step.
     """
+    ranks = Ranks(rank, num_workers, reduce)
     for epoch in range(first_epoch, epochs):
         started = time.perf_counter()
+        begin = place if place is not None and place.epoch == epoch else Place(epoch)
         epoch_data = data(epoch)
-        torch.manual_seed(_mix(seed, epoch, rank))
         if trainer.freeze is not None:
             trainer.freeze.begin_epoch(epoch)
         meter = Meter(
             epoch=epoch,
             epochs=epochs,
             steps=len(epoch_data.global_batch_sizes),
+            first_step=begin.step,
             seconds=report_seconds,
             emit=on_progress,
         )
-        tally = _train_epoch(
-            trainer, epoch_data, meter=meter, num_workers=num_workers, reduce=reduce
+        tally = yield from _train_epoch(
+            trainer, epoch_data, begin=begin, seed=seed, cadence=cadence, meter=meter, ranks=ranks
         )
         train_seconds = time.perf_counter() - started
         validation = evaluate(trainer, epoch_data.validation, reduce=reduce)
         has_validation = validation.num_samples > 0
         if has_validation and not math.isfinite(validation.loss):
             raise NonFiniteLossError(
-                f"the validation loss is not finite after epoch {epoch}",
-                hint="lower --optimizer.lr, or warm up",
+                f"the validation loss is not finite after epoch {epoch + 1}", hint=HINT
             )
         yield EpochResult(
             epoch=epoch,
@@ -160,39 +159,86 @@ def run_epochs(
             val_loss=validation.loss if has_validation else None,
             val_accuracy=validation.accuracy if has_validation else None,
             learning_rate=max(group["lr"] for group in trainer.optimizer.param_groups),
-            samples_per_second=tally.num_samples / train_seconds,
+            samples_per_second=meter.samples_done / train_seconds,
             data_wait_fraction=meter.wait_seconds / train_seconds,
             seconds=time.perf_counter() - started,
         )
 
 
 def _train_epoch(
-    trainer: Trainer, data: EpochData, *, meter: Meter, num_workers: int, reduce: Reduce
-) -> Tally:
+    trainer: Trainer,
+    data: EpochData,
+    *,
+    begin: Place,
+    seed: int,
+    cadence: Cadence,
+    meter: Meter,
+    ranks: Ranks,
+) -> Generator[Place, None, Tally]:
+    """The steps from ``begin`` on; yields where a checkpoint is due, returns the epoch's tally."""
     trainer.model.train()
     sums = torch.zeros(3, dtype=torch.float64, device=trainer.device)
-    for batch, global_batch_size in zip(
-        meter.timed(data.batches), data.global_batch_sizes, strict=True
-    ):
+    if ranks.rank == 0:  # one rank carries on what all had counted
+        sums += sums.new_tensor(astuple(begin.tally))
+    watch = LossWatch(steps=FINITE_CHECK_STEPS)
+    first_seed = _mix(seed, begin.epoch, ranks.rank)
+    sizes = data.global_batch_sizes[begin.step :]
+    batches = zip(meter.timed(data.batches), sizes, strict=True)
+    for step, (batch, global_batch_size) in enumerate(batches, begin.step):
+        _seed(trainer.device, first_seed + step)
         # DDP averages the gradients of the ranks: with this divisor the average is the gradient of
         # the mean over the global batch, also where ranks hold unequal parts of it.
-        divisor = float(global_batch_size) / num_workers
-        sums += _train_step(trainer, batch, divisor=divisor)
+        divisor = float(global_batch_size) / ranks.num_workers
+        step_sums, losses = _train_step(trainer, batch, divisor=divisor)
+        sums += step_sums
+        watch.add(trainer.step, batch, losses)
         meter.step(int(global_batch_size), sums=sums)
-        if trainer.step % FINITE_CHECK_STEPS == 0:  # by count, not by time: all ranks must agree
-            _require_finite(reduce(sums.clone()), trainer.step)
-    total = reduce(sums)
-    _require_finite(total, trainer.step)
-    return Tally(*total.tolist())
+        is_due = cadence.every_steps > 0 and trainer.step % cadence.every_steps == 0
+        is_checked = (
+            trainer.step % FINITE_CHECK_STEPS == 0
+        )  # by count, not by time: all ranks must agree
+        if (is_due or is_checked) and step + 1 < len(data.global_batch_sizes):
+            is_wished = is_due or cadence.is_wished()
+            tally, is_due = _agree(trainer, sums, is_wished=is_wished, watch=watch, ranks=ranks)
+            if is_due:
+                yield Place(begin.epoch, step + 1, tally)
+    tally, _ = _agree(trainer, sums, is_wished=True, watch=watch, ranks=ranks)
+    return tally
 
 
-def _train_step(trainer: Trainer, batch: Batch, *, divisor: float) -> Tensor:
-    """One optimizer update; returns (loss sum, correct, samples) of this rank's samples."""
+def _agree(
+    trainer: Trainer, sums: Tensor, *, is_wished: bool, watch: LossWatch, ranks: Ranks
+) -> tuple[Tally, bool]:
+    """The sums over all ranks, and whether one of them wishes a checkpoint.
+
+    Raises ``NonFiniteLossError`` on all ranks, also when the weights that would be saved are not
+    finite: the loss would tell only one step later.
+    """
+    spoilt = is_wished and not _has_finite_weights(trainer)
+    shared = ranks.reduce(torch.cat([sums, sums.new_tensor([float(is_wished), float(spoilt)])]))
+    *counts, wishes, spoilt_ranks = shared.tolist()
+    if not math.isfinite(counts[0]):
+        raise watch.failure(ranks)
+    if spoilt_ranks:
+        raise NonFiniteLossError(f"the weights are not finite at step {trainer.step}", hint=HINT)
+    return Tally(*counts), wishes > 0
+
+
+def _has_finite_weights(trainer: Trainer) -> bool:
+    finite = [parameter.detach().isfinite().all() for parameter in trainer.trained.parameters()]
+    return bool(torch.stack(finite).all())
+
+
+def _train_step(trainer: Trainer, batch: Batch, *, divisor: float) -> tuple[Tensor, Tensor]:
+    """One optimizer update; returns (loss sum, correct, samples) and the losses (B,) of this rank.
+
+    They are of its samples, before the update.
+    """
     lr = trainer.learning_rate(trainer.step)
     for group in trainer.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     trainer.optimizer.zero_grad(set_to_none=True)
-    sums = _add_gradients(trainer, batch, divisor=divisor)
+    sums, losses = _add_gradients(trainer, batch, divisor=divisor)
     if trainer.freeze is not None:
         trainer.freeze.drop_gradients()
     if trainer.clip_norm is not None:  # after DDP's average: the same on all ranks
@@ -201,23 +247,25 @@ def _train_step(trainer: Trainer, batch: Batch, *, divisor: float) -> Tensor:
     if trainer.average is not None:
         trainer.average.update_parameters(trainer.trained)
     trainer.step += 1
-    return sums
+    return sums, losses
 
 
-def _add_gradients(trainer: Trainer, batch: Batch, *, divisor: float) -> Tensor:
+def _add_gradients(trainer: Trainer, batch: Batch, *, divisor: float) -> tuple[Tensor, Tensor]:
     """Forward and backward in as many passes as memory asks for; DDP averages in the last."""
     image, label = _to_device(batch, trainer.device)
     passes = max(1, min(trainer.accumulate_steps, len(label)))
     pieces = zip(image.tensor_split(passes), label.tensor_split(passes), strict=True)
     alone = getattr(trainer.model, "no_sync", nullcontext)
     sums = torch.zeros(3, dtype=torch.float64, device=trainer.device)
+    seen: list[Tensor] = []
     for number, (image, label) in enumerate(pieces, 1):
         with alone() if number < passes else nullcontext():
             logits = trainer.model(image)  # (B, K)
             losses = trainer.loss(logits, label)  # (B,)
             (losses.sum() / divisor).backward()  # type: ignore[no-untyped-call]
-        sums += _count(logits.detach(), losses.detach(), label)
-    return sums
+        seen.append(losses.detach())
+        sums += _count(logits.detach(), seen[-1], label)
+    return sums, torch.cat(seen)
 
 
 def evaluate(trainer: Trainer, batches: Iterable[Batch], *, reduce: Reduce) -> Tally:
@@ -249,12 +297,11 @@ def _to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     return image.contiguous(memory_format=torch.channels_last), label
 
 
-def _require_finite(sums: Tensor, step: int) -> None:
-    if not bool(torch.isfinite(sums[0])):
-        raise NonFiniteLossError(
-            f"the loss is not finite at step {step}", hint="lower --optimizer.lr, or warm up"
-        )
-
-
 def _mix(seed: int, epoch: int, rank: int) -> int:
     return int(np.random.SeedSequence((seed, epoch, rank)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 80 µs for every kind
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)

@@ -27,7 +27,7 @@ class Progress:
 
 
 class Meter:
-    """Times the steps of one epoch and emits a ``Progress`` every ``seconds``."""
+    """Times an epoch's steps from ``first_step`` on; emits a ``Progress`` every ``seconds``."""
 
     def __init__(
         self,
@@ -35,6 +35,7 @@ class Meter:
         epoch: int,
         epochs: int,
         steps: int,
+        first_step: int = 0,
         seconds: float,
         emit: Callable[[Progress], None],
     ) -> None:
@@ -45,7 +46,7 @@ class Meter:
         self.emit = emit
         self.started = self.reported = time.perf_counter()
         self.wait_seconds = 0.0
-        self.steps_done = 0
+        self.first_step = self.steps_done = first_step
         self.samples_done = 0
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -80,5 +81,5 @@ class Meter:
             accuracy=correct / samples,
             samples_per_second=self.samples_done / elapsed,
             data_wait_fraction=self.wait_seconds / elapsed,
-            eta_seconds=elapsed / self.steps_done * steps_left,
+            eta_seconds=elapsed / (self.steps_done - self.first_step) * steps_left,
         )

@@ -189,7 +189,7 @@ def run_training(
             "order_log": str(folder / "order"),
         }
         settings = train_settings(**{**places, **changes})
-        return Run(train(settings), Path(settings.output), folder / "order")
+        return Run(train(settings), Path(settings.output), Path(settings.order_log))
 
     return run
 

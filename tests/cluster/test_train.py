@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 import cnnray.cluster.train as train_module
 from cnnray.cluster.train import train
 from cnnray.errors import (
+    CnnrayError,
     ConflictError,
     DataError,
     ModelError,
@@ -93,19 +95,21 @@ def test_three_workers_take_the_same_global_batches_to_the_same_losses(run_train
     run = run_training(epochs=1, scaling={"num_workers": 3, "cpus_per_worker": 0.3})
     assert run.batches(0) == trained.batches(0)
     assert {path.name for path in (run.order_log / "epoch-00000").iterdir()} == {
-        f"rank-0000{rank}.parquet" for rank in range(3)
+        f"step-00000000-rank-0000{rank}.parquet" for rank in range(3)
     }
     assert losses(run.history) == pytest.approx(losses(trained.history[:1]), abs=1e-4)
 
 
-def test_two_workers_of_which_one_is_killed_go_on_from_the_checkpoint(
-    run_training, trained, monkeypatch, tmp_path
-):
-    dead = tmp_path / "dead"
+def network_that_dies(
+    folder: Path, *, rank: int, at: int, after: Path | None = None
+) -> type[Network]:
+    """Its worker is killed once, before its ``at``-th pass in training, when ``after`` is there.
 
-    class MortalNetwork(Network):
-        """Its worker is killed, once, in the middle of the second epoch."""
+    Each pass of the rank adds a byte to ``folder``/passes.
+    """
+    dead, passes = folder / "dead", folder / "passes"
 
+    class MortalNetwork(Network):  # a local class travels to the workers by value
         def build(self, *, with_weights: bool = True) -> Any:
             classifier = super().build(with_weights=with_weights)
             steps = []
@@ -113,29 +117,79 @@ def test_two_workers_of_which_one_is_killed_go_on_from_the_checkpoint(
             def count(*_: Any) -> None:
                 import ray.train
 
-                if not classifier.training or ray.train.get_context().get_world_rank() != 1:
+                if not classifier.training or ray.train.get_context().get_world_rank() != rank:
                     return
                 steps.append(1)
-                if len(steps) == 12 and not dead.exists():
+                with passes.open("a") as file:
+                    file.write("x")
+                if len(steps) == at and not dead.exists():
+                    deadline = time.monotonic() + 60
+                    while after is not None and not after.exists() and time.monotonic() < deadline:
+                        time.sleep(0.05)
                     dead.touch()
                     os.kill(os.getpid(), signal.SIGKILL)
 
             classifier.register_forward_pre_hook(count)
             return classifier
 
-    assert len(trained.batches(0)) < 12
-    monkeypatch.setattr(train_module, "Network", MortalNetwork)
+    return MortalNetwork
+
+
+def test_two_workers_of_which_one_is_killed_go_on_from_the_checkpoint(
+    run_training, trained, monkeypatch, tmp_path
+):
+    assert len(trained.batches(0)) < 12  # in the middle of the second epoch
+    monkeypatch.setattr(train_module, "Network", network_that_dies(tmp_path, rank=1, at=12))
     run = run_training(epochs=2, scaling={"num_workers": 2, "cpus_per_worker": 0.5})
-    assert dead.exists()
+    assert (tmp_path / "dead").exists()
     assert run.result["epochs"] == 2
     assert [run.batches(epoch) for epoch in range(2)] == [trained.batches(n) for n in range(2)]
     assert losses(run.history) == pytest.approx(losses(trained.history[:2]), abs=1e-3)
+
+
+def dies_after_step_four(tmp_path: Path) -> type[Network]:
+    """Before its sixth step, when the checkpoint after the fourth is whole."""
+    checkpoint = "model/training/main/epoch-00000-step-00000004/MANIFEST.json"
+    return network_that_dies(tmp_path, rank=0, at=6, after=tmp_path / checkpoint)
+
+
+def test_a_worker_killed_inside_an_epoch_goes_on_at_the_step_of_its_checkpoint(
+    run_training, trained, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(train_module, "Network", dies_after_step_four(tmp_path))
+    run = run_training(epochs=1, output=str(tmp_path / "model"), checkpoint={"every_steps": 2})
+    assert (tmp_path / "dead").exists()
+    steps = len(trained.batches(0))
+    assert (tmp_path / "passes").stat().st_size == 6 + steps - 4
+    assert run.result["steps"] == steps
+    assert run.batches(0) == trained.batches(0)
+    assert losses(run.history) == pytest.approx(losses(trained.history[:1]), abs=1e-5)
+
+
+def test_two_workers_go_on_at_the_step_where_one_was_killed(
+    run_training, trained, monkeypatch, tmp_path
+):
+    places = {"output": str(tmp_path / "model"), "order_log": str(tmp_path / "order")}
+    monkeypatch.setattr(train_module, "Network", dies_after_step_four(tmp_path))
+    with pytest.raises(CnnrayError):
+        run_training(epochs=1, **places, checkpoint={"every_steps": 2, "max_restarts": 0})
+    monkeypatch.undo()
+    scaling = {"num_workers": 2, "cpus_per_worker": 0.5}
+    run = run_training(epochs=1, **places, scaling=scaling)
+    pieces = {path.name for path in (tmp_path / "order/epoch-00000").iterdir()}
+    assert pieces == {
+        f"step-0000000{step}-rank-0000{rank}.parquet"
+        for step, rank in ((0, 0), (2, 0), (4, 0), (4, 1))
+    }
+    assert run.batches(0) == trained.batches(0)
+    assert losses(run.history) == pytest.approx(losses(trained.history[:1]), abs=1e-4)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_without_a_bundle(run_training, tmp_path):
     with pytest.raises(NonFiniteLossError, match="not finite at step") as caught:
         run_training(output=str(tmp_path / "model"), optimizer={"name": "sgd", "lr": 1e9})
     assert caught.value.exit_code == 6
+    assert len(str(caught.value).splitlines()) == 2
     assert not (tmp_path / "model/model.json").exists()
     assert not (tmp_path / "model/model.safetensors").exists()
 

@@ -48,11 +48,18 @@ def read(unit: Unit, *, seed: int = 0, epoch: int = 0) -> Batch:
 
 
 def batches_of(
-    order: EpochOrder, *, rank: int, num_workers: int, seed: int = 0, epoch: int = 0
+    order: EpochOrder,
+    *,
+    rank: int,
+    num_workers: int,
+    seed: int = 0,
+    epoch: int = 0,
+    first_step: int = 0,
 ) -> Iterator[Batch]:
     lanes = lanes_of(rank, num_workers=num_workers)
-    blocks = ((unit.lane, read(unit, seed=seed, epoch=epoch)) for unit in order.units_of(lanes))
-    return assemble(order, blocks, lanes=lanes)
+    units = order.units_of(lanes, first_step=first_step)
+    blocks = ((unit.lane, read(unit, seed=seed, epoch=epoch)) for unit in units)
+    return assemble(order, blocks, lanes=lanes, first_step=first_step)
 
 
 def keys_of(order: EpochOrder, *, num_workers: int = 1, seed: int = 0, epoch: int = 0):
@@ -250,3 +257,50 @@ def test_a_worker_holds_back_about_a_unit_a_lane() -> None:
         for batch in assemble(order, blocks(order.units_of(lanes)), lanes=lanes):
             used += len(batch["label"])
             assert pulled - used <= 2 * unit * len(lanes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(layouts, batch_sizes, unit_sizes, st.integers(1, NUM_LANES), st.data())
+def test_an_epoch_begun_at_a_step_is_the_tail_of_the_whole_one_on_every_rank(
+    layout, batch, unit, num_workers, data
+) -> None:
+    order = plan([*layout, [30]], batch=max(batch, num_workers), unit=unit)
+    first_step = data.draw(st.integers(0, order.num_steps))
+    for rank in range(num_workers):
+        whole = list(batches_of(order, rank=rank, num_workers=num_workers))
+        tail = list(batches_of(order, rank=rank, num_workers=num_workers, first_step=first_step))
+        assert len(tail) == order.num_steps - first_step
+        for one, other in zip(whole[first_step:], tail, strict=True):
+            for name in ("image", "label", "key"):
+                assert one[name].tolist() == other[name].tolist()
+
+
+@settings(max_examples=30, deadline=None)
+@given(layouts, st.integers(24, 300), unit_sizes, st.integers(1, 24), st.integers(1, 24), st.data())
+def test_an_epoch_begun_by_other_workers_at_a_step_has_the_same_global_batches(
+    layout, batch, unit, before, after, data
+) -> None:
+    order = plan([*layout, [30]], batch=batch, unit=unit)
+    first_step = data.draw(st.integers(0, order.num_steps))
+    whole = [sorted(step) for step in keys_of(order, num_workers=before)]
+    ranks = [
+        list(batches_of(order, rank=rank, num_workers=after, first_step=first_step))
+        for rank in range(after)
+    ]
+    tail = [
+        sorted(key for part in step for key in part["key"]) for step in zip(*ranks, strict=True)
+    ]
+    assert tail == whole[first_step:]
+
+
+@settings(max_examples=60, deadline=None)
+@given(layouts, batch_sizes, unit_sizes, st.data())
+def test_only_units_that_later_steps_need_are_read_again(layout, batch, unit, data) -> None:
+    order = plan(layout, batch=batch, unit=unit)
+    first_step = data.draw(st.integers(0, order.num_steps))
+    units = order.units_of(range(NUM_LANES), first_step=first_step)
+    rows_left = int(order.batch_sizes[first_step:].sum())
+    rows_read = sum(piece.num_rows for piece in units)
+    assert rows_read == rows_left + order.rows_to_skip(first_step).sum()
+    assert all(order.rows_to_skip(first_step) < unit)  # of one unit for each lane, never all of it
+    assert [piece for piece in order.units if piece in set(units)] == units

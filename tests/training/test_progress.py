@@ -49,6 +49,17 @@ def test_the_time_left_counts_the_epochs_to_come() -> None:
     assert emitted[0].eta_seconds == pytest.approx(8.0 * (3 + 2 * 4), rel=0.05)
 
 
+def test_an_epoch_begun_at_a_step_counts_on_from_there_at_the_speed_of_what_it_does() -> None:
+    emitted: list[Progress] = []
+    watch = meter(emitted, steps=100, first_step=90, seconds=0.0)
+    watch.started -= 8.0
+    watch.step(16, sums=SUMS)
+    [progress] = emitted
+    assert (progress.step, progress.steps) == (91, 100)
+    assert progress.samples_per_second == pytest.approx(2.0, rel=0.05)
+    assert progress.eta_seconds == pytest.approx(8.0 * 9, rel=0.05)
+
+
 def test_waiting_for_batches_is_counted_and_working_on_them_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -13,13 +13,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cnnray.datasets.order import Batch
+from cnnray.errors import NonFiniteLossError
 from cnnray.models.classifier import Classifier
 from cnnray.training.averaging import build_average
 from cnnray.training.freezing import FrozenEpochs
 from cnnray.training.imbalance import balance_loss
-from cnnray.training.loop import EpochData, EpochResult, Trainer, run_epochs
-from cnnray.training.losses import build_loss
+from cnnray.training.loop import (
+    FINITE_CHECK_STEPS,
+    Cadence,
+    EpochData,
+    EpochResult,
+    Trainer,
+    run_epochs,
+)
+from cnnray.training.losses import build_loss, cross_entropy
 from cnnray.training.optimizers import build_optimizer
+from cnnray.training.places import Interval, Place
 
 DEADLINE_SECONDS = 120
 CUT = 11  # of a batch of 16: the ranks hold unequal parts
@@ -117,3 +126,112 @@ def test_two_unequal_ranks_take_the_steps_of_one_process_whatever_is_switched_on
     for name, tensor in weights.items():
         assert torch.equal(one["weights"][name], other["weights"][name]), name
         torch.testing.assert_close(one["weights"][name], tensor)
+
+
+STEPS = 2 * FINITE_CHECK_STEPS + 10
+
+
+def plain_trainer(wrap: Callable[[nn.Module], nn.Module]) -> Trainer:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    model.register_forward_pre_hook(lambda _, inputs: (inputs[0].float() / 255,))
+    model = wrap(model)
+    return Trainer(
+        model=model,
+        optimizer=build_optimizer(model, name="sgd", lr=0.1),
+        loss=cross_entropy,
+        learning_rate=lambda step: 0.1,
+        device=torch.device("cpu"),
+    )
+
+
+def some_steps(rows: slice, *, first_step: int = 0) -> EpochData:
+    batches = [
+        Batch(**{name: values[rows] for name, values in global_batch(number).items()})
+        for number in range(first_step, STEPS)
+    ]
+    return EpochData(batches, np.full(STEPS, 16), ())
+
+
+def reach_a_place(rank: int, folder: str) -> None:
+    """Rank 0's clock alone wishes one, at once; then go on to a loss of NaN on rank 1."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=DEADLINE_SECONDS),
+    )
+    rows = slice(0, CUT) if rank == 0 else slice(CUT, 16)
+    trainer = plain_trainer(nn.parallel.DistributedDataParallel)
+
+    def loss(logits: Tensor, label: Tensor) -> Tensor:
+        losses = cross_entropy(logits, label)
+        if rank == 1 and trainer.step == FINITE_CHECK_STEPS + 7:
+            losses[2:4] = torch.nan
+        return losses
+
+    def reduce(tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor)
+        return tensor
+
+    trainer.loss = loss
+    reached = run_epochs(
+        trainer,
+        first_epoch=0,
+        epochs=1,
+        data=lambda _: some_steps(rows),
+        seed=0,
+        cadence=Cadence(is_wished=Interval(1e-9 if rank == 0 else 0).is_over),
+        rank=rank,
+        num_workers=2,
+        reduce=reduce,
+    )
+    place = next(reached)
+    assert isinstance(place, Place)
+    torch.save(
+        {
+            "place": (place.epoch, place.step),
+            "loss": place.tally.loss,
+            "weights": trainer.trained.state_dict(),
+        },
+        f"{folder}/place-{rank}.pt",
+    )
+    try:
+        next(reached)
+    except NonFiniteLossError as error:
+        Path(f"{folder}/error-{rank}").write_text(str(error))
+    dist.destroy_process_group()
+
+
+@pytest.mark.timeout(2 * DEADLINE_SECONDS)
+def test_two_ranks_stop_at_the_place_of_one_clock_and_name_the_samples_of_one_loss(
+    tmp_path: Path,
+) -> None:
+    torch.multiprocessing.spawn(reach_a_place, args=(str(tmp_path),), nprocs=2)
+    one, other = (torch.load(tmp_path / f"place-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert one["place"] == other["place"] == (0, FINITE_CHECK_STEPS)
+    assert one["loss"] == other["loss"]
+
+    trainer = plain_trainer(lambda model: model)
+    reached = run_epochs(
+        trainer,
+        first_epoch=0,
+        epochs=1,
+        data=lambda _: some_steps(slice(0, 16)),
+        seed=0,
+        cadence=Cadence(every_steps=FINITE_CHECK_STEPS),
+    )
+    assert next(reached).tally.loss == pytest.approx(one["loss"])
+    for name, tensor in trainer.trained.state_dict().items():
+        assert torch.equal(one["weights"][name], other["weights"][name]), name
+        torch.testing.assert_close(one["weights"][name], tensor)
+
+    said, also_said = ((tmp_path / f"error-{rank}").read_text() for rank in (0, 1))
+    assert said == also_said
+    step = FINITE_CHECK_STEPS + 7  # of batches counted from 0
+    assert said.splitlines()[0] == (
+        f"the loss is not finite at step {step + 1}, for 2 of its samples:"
+        f" '{step}/{CUT + 2}', '{step}/{CUT + 3}'"
+    )
