@@ -193,10 +193,10 @@ class AugmentSettings(Section):
     """largest rotation either way, degrees"""
     color_jitter: Fraction = 0.0
     """strength of random brightness, contrast and saturation"""
-    policy: Literal["none", "randaugment", "trivialaugment"] = "none"
+    policy: Literal["none", "randaugment", "trivialaugment", "augmix"] = "none"
     """automatic augmentation"""
     policy_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
-    """strength of randaugment, 0 to 30"""
+    """strength of randaugment and augmix, 0 to 30"""
     policy_ops: PositiveInt = 2
     """operations a sample, for randaugment"""
     erasing: Fraction = 0.0
