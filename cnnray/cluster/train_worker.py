@@ -26,6 +26,7 @@ from cnnray.training.freezing import FrozenEpochs
 from cnnray.training.imbalance import balance_loss
 from cnnray.training.loop import EpochData, Trainer, run_epochs
 from cnnray.training.losses import Loss, build_loss
+from cnnray.training.mixing import Mixing
 from cnnray.training.network import Network
 from cnnray.training.optimizers import build_optimizer, restore_optimizer
 from cnnray.training.order_log import log_order
@@ -140,6 +141,16 @@ def _build_trainer(job: TrainJob, checkpoint: Checkpoint | None) -> Trainer:
         if settings.model.frozen_epochs
         else None,
         average=average,
+        transform=_build_mixing(job),
+    )
+
+
+def _build_mixing(job: TrainJob) -> Mixing | None:
+    settings = job.settings
+    if not (settings.mix.mixup_alpha or settings.mix.cutmix_alpha):
+        return None
+    return Mixing(
+        num_classes=len(job.network.classes), seed=settings.seed, **settings.mix.model_dump()
     )
 
 

@@ -203,6 +203,17 @@ class AugmentSettings(Section):
     """probability that a random rectangle is blanked"""
 
 
+class MixSettings(Section):
+    """Mixing of training images with others of their batch, and of their labels; off by default."""
+
+    mixup_alpha: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
+    """MixUp, weighted means of two images: weights from Beta(alpha, alpha) (0: none)"""
+    cutmix_alpha: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
+    """CutMix, a rectangle of another image: areas from Beta(alpha, alpha) (0: none)"""
+    probability: Fraction = 1.0
+    """probability of a step to be mixed"""
+
+
 class IngestSettings(Section):
     """How images reach the workers of training."""
 

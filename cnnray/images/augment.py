@@ -38,9 +38,9 @@ class Augmentation:
     ``random_pad``: as in evaluation, then ``pad`` mirrored pixels round it and a random window.
     ``flip``, ``vertical_flip``: probabilities. ``rotation``: up to so many degrees either way.
     ``policy``: ``randaugment`` (``policy_ops`` operations of strength ``policy_magnitude``, 0 to
-    30; arXiv:1909.13719), ``trivialaugment`` (wide; arXiv:2103.10158) or ``augmix`` (the image mixed
-    with three chains of operations of severity ``policy_magnitude`` / 3; arXiv:1912.02781, without
-    its consistency loss).
+    30; arXiv:1909.13719), ``trivialaugment`` (wide; arXiv:2103.10158) or ``augmix`` (mixed with
+    three chains of operations of severity ``policy_magnitude`` / 3; arXiv:1912.02781, without its
+    consistency loss).
     ``color_jitter``: brightness, contrast and saturation by a factor of up to 1 plus or minus this
     and hue by a quarter of it (in turns); grey images keep saturation and hue as they are.
     ``erasing``: the probability that a rectangle is erased (arXiv:1708.04896).

@@ -25,6 +25,8 @@ from cnnray.training.losses import Loss
 from cnnray.training.progress import Meter, Progress
 
 Reduce = Callable[[Tensor], Tensor]
+BatchTransform = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""(B, C, H, W) images, (B,) labels and the step → images, and labels or (B, K) targets."""
 
 FINITE_CHECK_STEPS = 50
 
@@ -83,6 +85,7 @@ class Trainer:
     clip_norm: float | None = None  # of the gradient of all parameters together, at most
     freeze: FrozenEpochs | None = None
     average: AveragedModel | None = None  # of the model's weights
+    transform: BatchTransform | None = None  # of what is trained on, on the device
 
     @property
     def trained(self) -> nn.Module:
@@ -206,17 +209,19 @@ def _train_step(trainer: Trainer, batch: Batch, *, divisor: float) -> Tensor:
 
 def _add_gradients(trainer: Trainer, batch: Batch, *, divisor: float) -> Tensor:
     """Forward and backward in as many passes as memory asks for; DDP averages in the last."""
-    image, label = _to_device(batch, trainer.device)
-    passes = max(1, min(trainer.accumulate_steps, len(label)))
-    pieces = zip(image.tensor_split(passes), label.tensor_split(passes), strict=True)
+    image, target = _to_device(batch, trainer.device)
+    if trainer.transform is not None:
+        image, target = trainer.transform(image, target, trainer.step)
+    passes = max(1, min(trainer.accumulate_steps, len(target)))
+    pieces = zip(image.tensor_split(passes), target.tensor_split(passes), strict=True)
     alone = getattr(trainer.model, "no_sync", nullcontext)
     sums = torch.zeros(3, dtype=torch.float64, device=trainer.device)
-    for number, (image, label) in enumerate(pieces, 1):
+    for number, (image, target) in enumerate(pieces, 1):
         with alone() if number < passes else nullcontext():
             logits = trainer.model(image)  # (B, K)
-            losses = trainer.loss(logits, label)  # (B,)
+            losses = trainer.loss(logits, target)  # (B,)
             (losses.sum() / divisor).backward()  # type: ignore[no-untyped-call]
-        sums += _count(logits.detach(), losses.detach(), label)
+        sums += _count(logits.detach(), losses.detach(), target)
     return sums
 
 
@@ -232,7 +237,8 @@ def evaluate(trainer: Trainer, batches: Iterable[Batch], *, reduce: Reduce) -> T
     return Tally(*reduce(sums).tolist())
 
 
-def _count(logits: Tensor, losses: Tensor, label: Tensor) -> Tensor:
+def _count(logits: Tensor, losses: Tensor, target: Tensor) -> Tensor:
+    label = target if target.ndim == 1 else target.argmax(dim=1)  # the larger part of a mixture
     correct = (logits.argmax(dim=1) == label).sum()
     samples = torch.tensor(float(len(label)), dtype=torch.float64, device=logits.device)
     return torch.stack([losses.double().sum(), correct.double(), samples])
