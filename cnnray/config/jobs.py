@@ -140,6 +140,8 @@ class EvaluateSettings(JobSettings):
     """split to evaluate"""
     batch_size: PositiveInt = 64
     """samples of one forward pass"""
+    tta: Literal["none", "flips", "crops"] = "none"
+    """average over views of each image: 2 (flips: its mirror) or 10 (crops: corners), as slow"""
     scaling: InferenceScalingSettings = InferenceScalingSettings()
     limits: LimitSettings = LimitSettings()
     overwrite: bool = False

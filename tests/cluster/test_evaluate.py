@@ -46,6 +46,18 @@ def test_every_row_is_evaluated_once_and_the_metrics_are_those_of_the_rows(
     assert "<script" not in report
 
 
+def test_an_average_over_views_is_named_among_the_facts(evaluate_settings, tmp_path):
+    evaluate(evaluate_settings())
+    plain = pq.read_table(tmp_path / "evaluation/predictions.parquet")
+    assert "test-time" not in (tmp_path / "evaluation/metrics.json").read_text()
+    evaluate(evaluate_settings(tta="flips", overwrite=True))
+    views = pq.read_table(tmp_path / "evaluation/predictions.parquet")
+    facts = json.loads((tmp_path / "evaluation/metrics.json").read_text())["facts"]
+    assert "mirror image" in facts["test-time augmentation"]
+    assert views["key"].equals(plain["key"])
+    assert not views["confidence"].equals(plain["confidence"])
+
+
 def test_another_models_classes_are_refused(
     painter, pack_settings, evaluate_settings, tmp_path, trained
 ):

@@ -468,3 +468,13 @@ def test_validation_images_are_not_mixed(make_trainer: MakeTrainer, make_batch: 
         for trainer in (make_trainer(), mixed(make_trainer()))
     ]
     assert tallies[0] == tallies[1]
+
+
+def test_mixing_is_told_the_step_of_the_run(
+    make_trainer: MakeTrainer, make_batch: MakeBatch
+) -> None:
+    trainer = make_trainer()
+    told: list[int] = []
+    trainer.transform = lambda image, label, step: told.append(step) or (image, label)
+    run(trainer, make_batch, epochs=2)
+    assert told == list(range(8))
