@@ -209,19 +209,19 @@ def _train_step(trainer: Trainer, batch: Batch, *, divisor: float) -> Tensor:
 
 def _add_gradients(trainer: Trainer, batch: Batch, *, divisor: float) -> Tensor:
     """Forward and backward in as many passes as memory asks for; DDP averages in the last."""
-    image, target = _to_device(batch, trainer.device)
+    image, label = _to_device(batch, trainer.device)
     if trainer.transform is not None:
-        image, target = trainer.transform(image, target, trainer.step)
-    passes = max(1, min(trainer.accumulate_steps, len(target)))
-    pieces = zip(image.tensor_split(passes), target.tensor_split(passes), strict=True)
+        image, label = trainer.transform(image, label, trainer.step)  # or (B, K) targets
+    passes = max(1, min(trainer.accumulate_steps, len(label)))
+    pieces = zip(image.tensor_split(passes), label.tensor_split(passes), strict=True)
     alone = getattr(trainer.model, "no_sync", nullcontext)
     sums = torch.zeros(3, dtype=torch.float64, device=trainer.device)
-    for number, (image, target) in enumerate(pieces, 1):
+    for number, (image, label) in enumerate(pieces, 1):
         with alone() if number < passes else nullcontext():
             logits = trainer.model(image)  # (B, K)
-            losses = trainer.loss(logits, target)  # (B,)
+            losses = trainer.loss(logits, label)  # (B,)
             (losses.sum() / divisor).backward()  # type: ignore[no-untyped-call]
-        sums += _count(logits.detach(), losses.detach(), target)
+        sums += _count(logits.detach(), losses.detach(), label)
     return sums
 
 
