@@ -83,7 +83,11 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     with ray_cluster(settings.cluster):
         resources = plan_workers(settings.scaling)
         _warn_of_local_paths(settings)
-        readers = _decode_what_fits(_readers(data, manifest, settings, network), settings, network)
+        readers = _readers(data, manifest, settings, network)
+        if settings.imbalance.method == "balanced_sampler":
+            stall_seconds = settings.cluster.stall_seconds
+            readers["train"] = readers["train"].balance(stall_seconds=stall_seconds)
+        readers = _decode_what_fits(readers, settings, network)
         job = TrainJob(
             settings=settings,
             network=network,

@@ -171,7 +171,7 @@ def _build_loss(job: TrainJob, device: torch.device, *, label_smoothing: float) 
 
 def _order(job: TrainJob, *, epoch: int) -> EpochOrder:
     return plan_epoch(
-        job.train.row_groups,
+        job.train.row_groups_in(epoch),
         seed=job.settings.seed,
         epoch=epoch,
         global_batch_size=job.settings.global_batch_size,

@@ -275,10 +275,15 @@ class LossSettings(Section):
 class ImbalanceSettings(Section):
     """What is done about classes of unequal size; counts are the training split's."""
 
-    method: Literal["none", "class_weights", "effective_number", "focal", "logit_adjustment"] = (
-        "none"
-    )
-    """weights 1/n or by effective number, the focal loss, or logits moved by the prior"""
+    method: Literal[
+        "none",
+        "class_weights",
+        "effective_number",
+        "focal",
+        "logit_adjustment",
+        "balanced_sampler",
+    ] = "none"
+    """weights 1/n or by effective number, focal loss, logits moved by the prior, or resampling"""
     beta: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
     """of effective_number: 0 weighs all alike, towards 1 it becomes class_weights"""
     tau: Annotated[float, Field(ge=0.0)] = 1.0

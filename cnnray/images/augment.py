@@ -164,6 +164,11 @@ class TrainTransform:
         )
 
 
+def copy_key(key: str, copy: int) -> str:
+    """The key by which another copy of an image is varied in an epoch; the first has its own."""
+    return f"{key}\0{copy}" if copy else key
+
+
 def _build_window(
     preprocessing: Preprocessing, augmentation: Augmentation
 ) -> v2.RandomResizedCrop | None:
