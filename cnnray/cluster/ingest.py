@@ -8,6 +8,7 @@ node share it.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +39,8 @@ UNITS_PER_EXECUTION = 4000
 GET_SECONDS = 300.0
 """For a decoded row group to come from another node."""
 
-Decode = Callable[[bytes, str], "np.ndarray[Any, Any]"]  # data and key -> (C, H, W) uint8
+Decode = Callable[[bytes, Sequence[str]], "list[np.ndarray[Any, Any]]"]
+"""Data and a key for each copy → (C, H, W) uint8 copies."""
 
 
 class Portion(NamedTuple):
@@ -74,6 +76,8 @@ class SplitReader:
     """References of batches by shard and row group, once the split is decoded."""
     sampler: BalancedSampler | None = None
     """Chooses what an epoch takes of the row groups; without one, each row once."""
+    repeats: int = 1
+    """Copies of each sample, augmented each in its own way; images are (B, M, C, H, W) if many."""
 
     @property
     def row_groups(self) -> list[RowGroup]:
@@ -108,11 +112,12 @@ class SplitReader:
         """
         assert self.transform.is_quick
 
-        def prepare(data: bytes, key: str) -> np.ndarray[Any, Any]:
-            return self.transform.prepare(data)
+        def prepare(data: bytes, keys: Sequence[str]) -> list[np.ndarray[Any, Any]]:
+            return [self.transform.prepare(data)]
 
+        once = replace(self, repeats=1)
         decoded = submit_tasks(
-            lambda group: self.read(group, _in_file_order(group), prepare),
+            lambda group: once.read(group, _in_file_order(group), prepare),
             self.row_groups,
             stall_seconds=stall_seconds,
         )
@@ -155,7 +160,7 @@ class SplitReader:
             for data, key, copy in zip(table["image"], keys, picks.copies.tolist(), strict=True)
         ]
         return Batch(
-            image=np.stack(images),
+            image=self._with_copies(np.stack([copy for copies in images for copy in copies])),
             label=table["label"].to_numpy().astype(np.int64),
             key=np.array(keys, dtype=object),
         )
@@ -168,14 +173,24 @@ class SplitReader:
         path = self.split.files[group.shard].path
         return read_row_group(self.store, path, group.index, columns=columns)
 
-    def _decode(self, decode: Decode, data: bytes, *, key: str, copy: int) -> np.ndarray[Any, Any]:
+    def _decode(
+        self, decode: Decode, data: bytes, *, key: str, copy: int
+    ) -> list[np.ndarray[Any, Any]]:
         try:
-            return decode(data, copy_key(key, copy))
+            return decode(data, self._keys_of_copies(key, copy))
         except ImageError as error:
             raise DataError(
                 f"{key!r} of {self.store.uri} cannot be decoded any more: {error}",
                 hint="pack the dataset again",
             ) from error
+
+    def _keys_of_copies(self, key: str, copy: int) -> list[str]:
+        first = copy * self.repeats
+        return [copy_key(key, number) for number in range(first, first + self.repeats)]
+
+    def _with_copies(self, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Images with the copies of each, side by side, in a dimension of their own if many."""
+        return images.reshape(-1, self.repeats, *images.shape[1:]) if self.repeats > 1 else images
 
     def _portions(self, epoch: int, units: Sequence[Unit]) -> list[Portion]:
         if self.sampler is None:
@@ -206,12 +221,14 @@ class SplitReader:
             batch = ray.get(self.decoded[group.shard, group.index], timeout=GET_SECONDS)
             picks = self._picks(portion, shuffle=shuffle)
             keys = batch["key"][picks.rows]
+            copies = map(self._keys_of_copies, keys, picks.copies.tolist())
             images = self.transform.vary(
-                batch["image"][picks.rows],
+                batch["image"][np.repeat(picks.rows, self.repeats)],
                 epoch=portion.epoch,
-                keys=map(copy_key, keys, picks.copies.tolist()),
+                keys=itertools.chain.from_iterable(copies),
             )
-            yield lane, Batch(image=images, label=batch["label"][picks.rows], key=keys)
+            image, label = self._with_copies(images), batch["label"][picks.rows]
+            yield lane, Batch(image=image, label=label, key=keys)
 
     def _read_ahead(
         self, portions: Sequence[Portion], *, shuffle: bool
@@ -242,6 +259,6 @@ def _in_file_order(group: RowGroup) -> Picks:
 
 
 def _augmented(
-    transform: TrainTransform, epoch: int, data: bytes, key: str
-) -> np.ndarray[Any, Any]:
-    return transform(data, epoch=epoch, key=key)
+    transform: TrainTransform, epoch: int, data: bytes, keys: Sequence[str]
+) -> list[np.ndarray[Any, Any]]:
+    return transform.variations(data, epoch=epoch, keys=keys)

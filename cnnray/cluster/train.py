@@ -194,7 +194,9 @@ def _readers(
 ) -> dict[str, SplitReader]:
     """Of the splits that there are: validation, if any, and training."""
     preprocessing = network.preprocessing
-    augmentations = {"val": Augmentation(), "train": Augmentation(**settings.augment.model_dump())}
+    repeats = settings.augment.repeats
+    train = Augmentation(**settings.augment.model_dump(exclude={"repeats"}))
+    augmentations = {"val": Augmentation(), "train": train}
     if manifest.splits["val"].num_samples == 0:
         logger.warning("no validation split: the best epoch is chosen by its training loss")
         del augmentations["val"]
@@ -208,8 +210,9 @@ def _readers(
                 seed=settings.seed,
                 limits=DecodeLimits(**settings.limits.model_dump()),
             ),
-            unit_rows=max(1, min(UNIT_ROWS, UNIT_BYTES // _image_bytes(network))),
+            unit_rows=max(1, min(UNIT_ROWS, UNIT_BYTES // (repeats * _image_bytes(network)))),
             seed=settings.seed,
+            repeats=repeats if split == "train" else 1,
         )
         for split, augmentation in augmentations.items()
     }

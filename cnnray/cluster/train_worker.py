@@ -17,6 +17,7 @@ from cnnray.cluster.ingest import SplitReader, set_up_data_context
 from cnnray.cluster.runtime import find_cause
 from cnnray.config import TrainSettings
 from cnnray.datasets.order import EpochOrder, assemble, lanes_of, plan_epoch
+from cnnray.datasets.sampling import spread_copies
 from cnnray.errors import NonFiniteLossError, StorageError
 from cnnray.process import keep_freed_memory
 from cnnray.storage import Store
@@ -198,8 +199,8 @@ def _epoch_feeder(
                 batches, store=job.order_log, epoch=epoch, rank=rank, num_workers=num_workers
             )
         return EpochData(
-            batches=batches,
-            global_batch_sizes=order.batch_sizes,
+            batches=map(spread_copies, batches),
+            global_batch_sizes=order.batch_sizes * job.train.repeats,
             validation=() if val is None else val.share(rank, num_workers),
         )
 

@@ -201,6 +201,8 @@ class AugmentSettings(Section):
     """operations a sample, for randaugment"""
     erasing: Fraction = 0.0
     """probability that a random rectangle is blanked"""
+    repeats: Annotated[int, Field(ge=1, le=16)] = 1
+    """copies of each image in its batch, changed each in its own way: as many times the samples"""
 
 
 class MixSettings(Section):

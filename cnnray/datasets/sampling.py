@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from cnnray.datasets.order import RowGroup, Unit
+from cnnray.datasets.order import Batch, RowGroup, Unit
 
 STREAM = 0x62616C
 """Sets these draws apart from others of the same seed, such as the order's of (seed, epoch)."""
@@ -82,6 +82,18 @@ class BalancedSampler:
         ends = np.cumsum([group.num_rows for group in self.labels], dtype=np.int64)
         parts = np.split(counts, ends[:-1])
         return EpochSample(dict(zip(self.labels, parts, strict=False)), seed)
+
+
+def spread_copies(batch: Batch) -> Batch:
+    """A batch of (B, M, C, H, W) images, M copies of each, as one of B x M samples."""
+    shape = batch["image"].shape
+    if len(shape) == 4:
+        return batch
+    return Batch(
+        image=batch["image"].reshape(-1, *shape[2:]),
+        label=np.repeat(batch["label"], shape[1]),
+        key=np.repeat(batch["key"], shape[1]),
+    )
 
 
 def _deal(total: int, places: int, generator: np.random.Generator) -> Numbers:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -122,13 +122,18 @@ class TrainTransform:
 
     def __call__(self, data: bytes, *, epoch: int, key: str) -> np.ndarray:
         """(C, size, size) uint8, a pure function of the arguments. Raises ``ImageError``."""
+        [image] = self.variations(data, epoch=epoch, keys=[key])
+        return image
+
+    def variations(self, data: bytes, *, epoch: int, keys: Sequence[str]) -> list[np.ndarray]:
+        """What each of several keys makes of one image, which is decoded once."""
         decoded = decode_image(
             data,
             channels=self.preprocessing.channels,
             limits=self.limits,
             min_side=None if self._window else min_side(self.preprocessing),
         )
-        return self.augment(decoded.pixels, epoch=epoch, key=key)
+        return [self.augment(decoded.pixels, epoch=epoch, key=key) for key in keys]
 
     def augment(self, pixels: np.ndarray, *, epoch: int, key: str) -> np.ndarray:
         """The same from decoded (H, W, C) uint8 pixels."""

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cnnray.cluster.ingest import SplitReader
+from cnnray.cluster.ingest import Decode, SplitReader
 from cnnray.datasets.manifest import Shard, Split
 from cnnray.datasets.order import RowGroup, plan_epoch
-from cnnray.datasets.sampling import BalancedSampler, Picks
+from cnnray.datasets.sampling import BalancedSampler, Picks, spread_copies
 from cnnray.errors import DataError
 from cnnray.images.augment import Augmentation, TrainTransform
 from cnnray.images.transforms import Preprocessing
@@ -72,8 +72,8 @@ def make_reader(tmp_path: Path) -> Callable[..., SplitReader]:
     return make
 
 
-def plain(reader: SplitReader) -> Callable[[bytes, str], np.ndarray]:
-    return lambda data, key: reader.transform(data, epoch=0, key=key)
+def plain(reader: SplitReader) -> Decode:
+    return lambda data, keys: reader.transform.variations(data, epoch=0, keys=keys)
 
 
 def test_rows_come_as_often_and_in_the_order_in_which_they_are_picked(make_reader) -> None:
@@ -93,6 +93,21 @@ def test_each_copy_of_an_image_is_augmented_in_its_own_way(make_reader) -> None:
     assert len({one.tobytes() for one in batch["image"]}) == 5
     expected = reader.transform(image(0), epoch=0, key="photo 0.png")
     np.testing.assert_array_equal(batch["image"][0], expected)  # the first as without a sampler
+
+
+def test_repeats_are_side_by_side_and_each_augmented_in_its_own_way(make_reader) -> None:
+    reader = replace(make_reader(augmentation=Augmentation(color_jitter=0.5)), repeats=3)
+    picks = Picks(np.array([4, 0, 4]), copies=np.array([0, 0, 1]))
+    batch = reader.read(RowGroup(0, 0, GROUP_ROWS), picks, plain(reader))
+    assert batch["image"].shape == (3, 3, 3, 9, 9)  # images, copies, then pixels
+    assert batch["key"].tolist() == ["photo 4.png", "photo 0.png", "photo 4.png"]
+    samples = spread_copies(batch)
+    assert len({one.tobytes() for one in samples["image"]}) == 9
+    assert (
+        samples["key"].tolist() == ["photo 4.png"] * 3 + ["photo 0.png"] * 3 + ["photo 4.png"] * 3
+    )
+    first = reader.transform(image(4), epoch=0, key="photo 4.png")
+    np.testing.assert_array_equal(samples["image"][0], first)
 
 
 def test_without_a_sampler_an_epoch_has_the_rows_of_the_split(make_reader) -> None:

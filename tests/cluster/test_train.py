@@ -94,6 +94,19 @@ def test_a_balanced_sampler_shows_each_class_equally_often_read_or_decoded(
     assert losses(streamed.history) == losses(decoded.history)
 
 
+def test_repeated_images_take_as_many_steps_and_the_same_batches_read_or_decoded(
+    run_training, trained
+):
+    repeats = {"augment": {"flip": 0.5, "repeats": 3}}
+    decoded = run_training(**repeats)
+    streamed = run_training(**repeats, ingest={"decoded_bytes": 0})
+    assert decoded.result["steps"] == trained.result["steps"]
+    assert [decoded.batches(epoch) for epoch in range(3)] == [
+        trained.batches(epoch) for epoch in range(3)
+    ]
+    assert losses(streamed.history) == losses(decoded.history) != losses(trained.history)
+
+
 def test_a_finished_run_is_not_overwritten_unasked(run_training, trained):
     before = (trained.folder / "model.json").read_bytes()
     with pytest.raises(UsageError, match="holds a bundle already"):

@@ -19,7 +19,7 @@ from cnnray.datasets.order import (
     plan_epoch,
     row_groups_of,
 )
-from cnnray.datasets.sampling import BalancedSampler, EpochSample
+from cnnray.datasets.sampling import BalancedSampler, EpochSample, spread_copies
 
 label_lists = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=60), min_size=1, max_size=6)
 
@@ -154,6 +154,38 @@ def test_the_copies_of_a_row_are_spread_over_its_row_group() -> None:
         share = (sample.pick(unit).rows == 199).mean()
         assert unit.num_rows < 8 or 0 < share < 1
     assert group.num_rows == 200
+
+
+def test_copies_in_a_dimension_of_their_own_become_samples() -> None:
+    image = np.arange(2 * 3 * 4).reshape(2, 3, 1, 2, 2).astype(np.uint8)
+    batch = Batch(image=image, label=np.array([7, 8]), key=np.array(["a", "b"], dtype=object))
+    spread = spread_copies(batch)
+    assert spread["image"].shape == (6, 1, 2, 2)
+    assert spread["label"].tolist() == [7, 7, 7, 8, 8, 8]
+    assert spread["key"].tolist() == ["a", "a", "a", "b", "b", "b"]
+    np.testing.assert_array_equal(spread["image"][4], image[1, 1])
+    alone = Batch(image=image[:, 0], label=batch["label"], key=batch["key"])
+    assert spread_copies(alone) is alone
+
+
+def test_the_order_cuts_batches_of_images_with_their_copies() -> None:
+    order = plan_epoch(
+        row_groups_of([[50, 30]]), seed=0, epoch=0, global_batch_size=32, max_unit_rows=9
+    )
+
+    def blocks() -> Iterator[tuple[int, Batch]]:
+        for unit in order.units:
+            rows = np.arange(unit.start, unit.stop) + 50 * unit.row_group.index
+            image = np.tile(rows.astype(np.uint8).reshape(-1, 1, 1, 1, 1), (1, 4, 1, 1, 1))
+            yield unit.lane, Batch(image=image, label=rows, key=rows.astype(object))
+
+    batches = [spread_copies(batch) for batch in assemble(order, blocks(), lanes=range(24))]
+    assert [len(batch["label"]) for batch in batches] == (4 * order.batch_sizes).tolist()
+    for batch in batches:
+        assert batch["image"].ravel().tolist() == batch["label"].tolist()
+    assert Counter(np.concatenate([batch["label"] for batch in batches])) == dict.fromkeys(
+        range(80), 4
+    )
 
 
 def test_of_no_rows_there_is_no_sample() -> None:
