@@ -25,13 +25,14 @@ from cnnray.training.averaging import build_average, restore_average
 from cnnray.training.checkpoints import Checkpoint, load_latest, model_tensors, save_checkpoint
 from cnnray.training.freezing import FrozenEpochs
 from cnnray.training.imbalance import balance_loss
-from cnnray.training.loop import EpochData, Trainer, run_epochs
+from cnnray.training.loop import BatchTransform, EpochData, Trainer, in_turn, run_epochs
 from cnnray.training.losses import Loss, build_loss
 from cnnray.training.mixing import Mixing
 from cnnray.training.network import Network
 from cnnray.training.optimizers import build_optimizer, restore_optimizer
 from cnnray.training.order_log import log_order
 from cnnray.training.prefetch import prefetch
+from cnnray.training.resizing import Resizing
 from cnnray.training.schedules import learning_rate_factor, peak_learning_rate
 from cnnray.training.stopping import has_stalled
 
@@ -142,16 +143,28 @@ def _build_trainer(job: TrainJob, checkpoint: Checkpoint | None) -> Trainer:
         if settings.model.frozen_epochs
         else None,
         average=average,
-        transform=_build_mixing(job),
+        transform=_build_transform(job, steps_per_epoch=order.num_steps),
     )
 
 
-def _build_mixing(job: TrainJob) -> Mixing | None:
+def _build_transform(job: TrainJob, *, steps_per_epoch: int) -> BatchTransform | None:
     settings = job.settings
-    if not (settings.mix.mixup_alpha or settings.mix.cutmix_alpha):
-        return None
-    return Mixing(
-        num_classes=len(job.network.classes), seed=settings.seed, **settings.mix.model_dump()
+    transforms: list[BatchTransform] = []
+    if settings.image.progressive < 1:
+        transforms.append(plan_resizing(settings, job.network, steps_per_epoch=steps_per_epoch))
+    if settings.mix.mixup_alpha or settings.mix.cutmix_alpha:
+        num_classes = len(job.network.classes)
+        transforms.append(Mixing(num_classes, settings.seed, **settings.mix.model_dump()))
+    return in_turn(transforms) if transforms else None
+
+
+def plan_resizing(settings: TrainSettings, network: Network, *, steps_per_epoch: int) -> Resizing:
+    """How images grow over the epochs."""
+    return Resizing(
+        size=network.preprocessing.size,
+        first=settings.image.progressive,
+        epochs=settings.epochs,
+        steps_per_epoch=steps_per_epoch,
     )
 
 

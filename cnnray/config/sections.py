@@ -172,6 +172,8 @@ class ImageSettings(Section):
     """resampling filter (that of the pretrained model, else bilinear)"""
     channels: Annotated[Literal[1, 3], BeforeValidator(_whole_number)] | None = None
     """1 grey, 3 colour (1 for a grey dataset and tutorial_cnn, else 3)"""
+    progressive: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """size that training begins with, fraction of the whole, for models of any size (1: whole)"""
 
 
 class AugmentSettings(Section):

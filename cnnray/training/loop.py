@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -102,6 +102,17 @@ class Trainer:
     def validation_loss(self) -> Loss:
         """The loss without what only regularises training, such as label smoothing."""
         return self.eval_loss or self.loss
+
+
+def in_turn(transforms: Sequence[BatchTransform]) -> BatchTransform:
+    """One transform that does what several do, one after the other."""
+
+    def transform(image: Tensor, label: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        for one in transforms:
+            image, label = one(image, label, step)
+        return image, label
+
+    return transform
 
 
 @dataclass(frozen=True)
