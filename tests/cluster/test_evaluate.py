@@ -109,6 +109,7 @@ def test_what_cannot_be_evaluated_is_refused_at_once(evaluate_settings, tmp_path
     for changes, said in (
         ({"scaling": {"num_workers": 3}}, "3 workers of 1 CPU do not fit"),
         ({"scaling": {"use_gpu": True, "num_workers": 1}}, "1 CPU and 1 GPU do not fit"),
+        ({"tta": "crops"}, "larger than the model's 12 px"),
     ):
         with pytest.raises(SettingsError, match=said):
             evaluate(evaluate_settings(**changes, overwrite=True))

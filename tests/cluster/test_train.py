@@ -201,6 +201,7 @@ def test_mistakes_are_found_before_a_worker_is_started(run_training, trained, tm
         ({"data": str(tmp_path / "empty")}, DataError),
         ({"model": {"name": "resnet81"}}, ModelError),
         ({"model": {"name": "tutorial_cnn", "weights": str(tmp_path / "none")}}, UsageError),
+        ({"image": {"progressive": 0.5}}, SettingsError),  # tutorial_cnn takes one size only
     ):
         with pytest.raises(error):
             run_training(output=str(tmp_path / "model"), **changes)
