@@ -245,6 +245,13 @@ def test_a_method_for_imbalance_that_the_loss_cannot_take_is_refused(
     train("--imbalance.method", method)  # with the loss as it is by default
 
 
+@pytest.mark.parametrize("flag", ["--mix.mixup_alpha", "--mix.cutmix_alpha"])
+def test_alphas_of_mixing_are_checked(flag: str) -> None:
+    for value in ("-0.1", "nan", "1e9"):
+        assert flag.removeprefix("--") in problem(flag, value)
+    train(flag, "0.2", "--mix.probability", "0.5", "--imbalance.method", "logit_adjustment")
+
+
 def test_milestones_are_a_list_of_fractions() -> None:
     assert train("--schedule.milestones", "0.3,0.6,0.9").schedule.milestones == (0.3, 0.6, 0.9)
     assert "schedule.milestones" in problem("--schedule.milestones", "0.3,30")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from cnnray.evaluation.metrics import (
     worst_mistakes,
 )
 from cnnray.evaluation.report import Mistake, render_report
+from cnnray.evaluation.views import DESCRIPTIONS, mean_logits, plan_views
 from cnnray.images.decode import DecodeLimits, decode_image
 from cnnray.images.transforms import EvalTransform
 from cnnray.models.bundle import BundleSpec, load_bundle
@@ -48,10 +50,16 @@ class EvaluateActor:
     def __init__(self, *, model: Store, data: Store, settings: EvaluateSettings) -> None:
         bundle = load_bundle(model)
         self.device = set_up_actor(use_gpu=settings.scaling.use_gpu)
-        self.model = bundle.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.temperature = bundle.spec.temperature
+        self.predict = partial(
+            mean_logits,
+            bundle.model.to(self.device, memory_format=torch.channels_last),  # type: ignore[call-overload]
+            tta=settings.tta,
+            size=bundle.spec.preprocessing.size,
+            temperature=bundle.spec.temperature,
+        )
         self.transform = EvalTransform(
-            bundle.spec.preprocessing, DecodeLimits(**settings.limits.model_dump())
+            plan_views(settings.tta, bundle.spec.preprocessing),
+            DecodeLimits(**settings.limits.model_dump()),
         )
         self.data = data
         self.batch_size = settings.batch_size
@@ -79,9 +87,8 @@ class EvaluateActor:
         pixels = [self._decode(key, data.as_py()) for key, data in zip(keys, images, strict=True)]
         batch = torch.from_numpy(np.stack(pixels))
         with torch.inference_mode():
-            logits = self.model(batch.to(self.device, memory_format=torch.channels_last))
-            scaled: torch.Tensor = logits.float().cpu() / self.temperature
-        return scaled
+            images = batch.to(self.device, memory_format=torch.channels_last)
+            return self.predict(images).cpu()
 
     def _decode(self, key: str, data: bytes) -> np.ndarray[Any, Any]:
         try:
@@ -96,7 +103,8 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     """Evaluate, write metrics, rows and report, and return the job's result.
 
     Raises ``DataError`` when the bundle's classes are not the dataset's, ``UsageError`` when there
-    is an evaluation at the output.
+    is an evaluation at the output, ``SettingsError`` for views that the model's input has no room
+    for.
     """
     started = time.perf_counter()
     model, data, output = (
@@ -105,6 +113,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     bundle = load_bundle(model)
     manifest = read_manifest(data)
     _check_classes(bundle.spec, manifest, settings=settings)
+    plan_views(settings.tta, bundle.spec.preprocessing)  # refuses before anything is started
     split = get_split(manifest, settings.split, uri=settings.data)
     if output.head(METRICS) is not None and not settings.overwrite:
         raise UsageError(
@@ -255,7 +264,7 @@ def _thumbnail(data: bytes | None) -> np.ndarray[Any, Any] | None:
 def _facts(
     settings: EvaluateSettings, *, digest: str, spec: BundleSpec, manifest: Manifest
 ) -> dict[str, str]:
-    return {
+    facts = {
         "model": settings.model,
         "architecture": spec.architecture,
         "model digest": digest,
@@ -265,6 +274,9 @@ def _facts(
         "dataset digest": sha256(manifest.to_bytes()),
         "versions": f"cnnray {__version__}, torch {torch.__version__}, ray {ray.__version__}",
     }
+    if settings.tta != "none":
+        facts["test-time augmentation"] = DESCRIPTIONS[settings.tta]
+    return facts
 
 
 def _result(

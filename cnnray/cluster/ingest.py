@@ -8,23 +8,26 @@ node share it.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
+import pyarrow as pa
 import ray
 import ray.data
 from ray.data import DataContext
 
-from cnnray.cluster.tasks import submit_tasks
+from cnnray.cluster.tasks import run_tasks, submit_tasks
 from cnnray.datasets.manifest import Split
 from cnnray.datasets.order import Batch, RowGroup, Unit, permutation, row_groups_of
+from cnnray.datasets.sampling import BalancedSampler, Numbers, Picks
 from cnnray.datasets.shards import read_row_group
 from cnnray.errors import DataError, ImageError
-from cnnray.images.augment import TrainTransform
+from cnnray.images.augment import TrainTransform, copy_key
 from cnnray.storage import Store
 
 PREFETCH_BLOCKS = 4
@@ -36,8 +39,16 @@ UNITS_PER_EXECUTION = 4000
 GET_SECONDS = 300.0
 """For a decoded row group to come from another node."""
 
-Decode = Callable[[bytes, str], "np.ndarray[Any, Any]"]  # data and key -> (C, H, W) uint8
-Order = np.ndarray[Any, np.dtype[np.int64]]
+Decode = Callable[[bytes, Sequence[str]], "list[np.ndarray[Any, Any]]"]
+"""Data and a key for each copy → (C, H, W) uint8 copies."""
+
+
+class Portion(NamedTuple):
+    """A unit as an epoch wants it; where a sampler chose its samples, with them."""
+
+    epoch: int
+    unit: Unit
+    picks: Picks | None = None
 
 
 def set_up_data_context(*, stall_seconds: float, preserve_order: bool) -> None:
@@ -61,12 +72,38 @@ class SplitReader:
     transform: TrainTransform
     unit_rows: int
     seed: int
-    decoded: Mapping[RowGroup, Any] | None = None  # references of batches, once it is decoded
+    decoded: Mapping[tuple[int, int], Any] | None = None
+    """References of batches by shard and row group, once the split is decoded."""
+    sampler: BalancedSampler | None = None
+    """Chooses what an epoch takes of the row groups; without one, each row once."""
+    repeats: int = 1
+    """Copies of each sample, augmented each in its own way; images are (B, M, C, H, W) if many."""
 
     @property
     def row_groups(self) -> list[RowGroup]:
         """The row groups of the split."""
         return row_groups_of([shard.row_groups for shard in self.split.files])
+
+    def row_groups_in(self, epoch: int) -> list[RowGroup]:
+        """The row groups of the split, as long as the epoch has samples of them."""
+        return self.row_groups if self.sampler is None else self.sampler.sample(epoch).row_groups
+
+    def balance(self, *, stall_seconds: float) -> SplitReader:
+        """The same reader with a sampler that takes each class equally often.
+
+        Reads the split's labels. Raises ``DataError`` when they are not those of the manifest.
+        """
+        labels = dict(run_tasks(self._labels, self.row_groups, stall_seconds=stall_seconds))
+        counts = np.bincount(
+            np.concatenate(list(labels.values())), minlength=len(self.split.class_counts)
+        )
+        if tuple(counts.tolist()) != self.split.class_counts:
+            raise DataError(
+                f"the labels in {self.store.uri} are not those that its manifest counts",
+                hint="pack the dataset again",
+            )
+        in_order = {group: labels[group] for group in self.row_groups}  # tasks end in any order
+        return replace(self, sampler=BalancedSampler(in_order, seed=self.seed))
 
     def decode_once(self, *, stall_seconds: float) -> SplitReader:
         """The same reader with its split decoded, if what then is left to do is quick.
@@ -75,15 +112,18 @@ class SplitReader:
         """
         assert self.transform.is_quick
 
-        def prepare(data: bytes, key: str) -> np.ndarray[Any, Any]:
-            return self.transform.prepare(data)
+        def prepare(data: bytes, keys: Sequence[str]) -> list[np.ndarray[Any, Any]]:
+            return [self.transform.prepare(data)]
 
+        once = replace(self, repeats=1)
         decoded = submit_tasks(
-            lambda group: self.read(Unit(0, group, 0, group.num_rows), prepare),
+            lambda group: once.read(group, _in_file_order(group), prepare),
             self.row_groups,
             stall_seconds=stall_seconds,
         )
-        return replace(self, decoded=dict(decoded))
+        return replace(
+            self, decoded={(group.shard, group.index): batch for group, batch in decoded}
+        )
 
     def stream_epochs(
         self, epochs: range, units_of: Callable[[int], Sequence[Unit]]
@@ -93,9 +133,9 @@ class SplitReader:
         One Ray Data execution reads as many epochs as make ``UNITS_PER_EXECUTION`` units, so that
         the next epoch is read ahead while this one ends and is validated.
         """
-        pending: list[tuple[int, Unit]] = []
+        pending: list[Portion] = []
         for epoch in epochs:
-            pending += [(epoch, unit) for unit in units_of(epoch)]
+            pending += self._portions(epoch, units_of(epoch))
             if len(pending) >= UNITS_PER_EXECUTION or epoch == epochs[-1]:
                 yield from self._stream(pending, shuffle=True)
                 pending = []
@@ -107,78 +147,103 @@ class SplitReader:
             for group in self.row_groups
             for start in range(0, group.num_rows, self.unit_rows)
         ]
-        own = [(0, unit) for unit in units[rank::num_workers]]
+        own = [Portion(0, unit) for unit in units[rank::num_workers]]
         for _, batch in self._stream(own, shuffle=False):
             yield batch
 
-    def read(self, unit: Unit, decode: Decode, *, order: Order | None = None) -> Batch:
-        """Read and decode the samples of a unit here, in an order of offsets from its start."""
-        table = read_row_group(
-            self.store,
-            self.split.files[unit.row_group.shard].path,
-            unit.row_group.index,
-            columns=("key", "image", "label"),
-        ).slice(unit.start, unit.num_rows)
-        if order is not None:
-            table = table.take(order)
+    def read(self, group: RowGroup, picks: Picks, decode: Decode) -> Batch:
+        """Read and decode samples of a row group here."""
+        table = self._table(group, columns=("key", "image", "label")).take(picks.rows)
         keys = table["key"].to_pylist()
         images = [
-            self._decode(decode, data.as_py(), key)
-            for data, key in zip(table["image"], keys, strict=True)
+            self._decode(decode, data.as_py(), key=key, copy=copy)
+            for data, key, copy in zip(table["image"], keys, picks.copies.tolist(), strict=True)
         ]
         return Batch(
-            image=np.stack(images),
+            image=self._with_copies(np.stack([copy for copies in images for copy in copies])),
             label=table["label"].to_numpy().astype(np.int64),
             key=np.array(keys, dtype=object),
         )
 
-    def _decode(self, decode: Decode, data: bytes, key: str) -> np.ndarray[Any, Any]:
+    def _labels(self, group: RowGroup) -> Numbers:
+        labels: Numbers = self._table(group, columns=("label",))["label"].to_numpy()
+        return labels.astype(np.int64)
+
+    def _table(self, group: RowGroup, *, columns: Sequence[str]) -> pa.Table:
+        path = self.split.files[group.shard].path
+        return read_row_group(self.store, path, group.index, columns=columns)
+
+    def _decode(
+        self, decode: Decode, data: bytes, *, key: str, copy: int
+    ) -> list[np.ndarray[Any, Any]]:
         try:
-            return decode(data, key)
+            return decode(data, self._keys_of_copies(key, copy))
         except ImageError as error:
             raise DataError(
                 f"{key!r} of {self.store.uri} cannot be decoded any more: {error}",
                 hint="pack the dataset again",
             ) from error
 
-    def _order(self, unit: Unit, *, epoch: int, shuffle: bool) -> Order | None:
-        return permutation(unit, seed=self.seed, epoch=epoch) if shuffle else None
+    def _keys_of_copies(self, key: str, copy: int) -> list[str]:
+        first = copy * self.repeats
+        return [copy_key(key, number) for number in range(first, first + self.repeats)]
 
-    def _stream(
-        self, units: Sequence[tuple[int, Unit]], *, shuffle: bool
-    ) -> Iterator[tuple[int, Batch]]:
+    def _with_copies(self, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Images with the copies of each, side by side, in a dimension of their own if many."""
+        return images.reshape(-1, self.repeats, *images.shape[1:]) if self.repeats > 1 else images
+
+    def _portions(self, epoch: int, units: Sequence[Unit]) -> list[Portion]:
+        if self.sampler is None:
+            return [Portion(epoch, unit) for unit in units]
+        sample = self.sampler.sample(epoch)
+        return [Portion(epoch, unit, sample.pick(unit)) for unit in units]
+
+    def _picks(self, portion: Portion, *, shuffle: bool) -> Picks:
+        epoch, unit, picks = portion
+        if picks is not None:
+            return picks
+        rows = np.arange(unit.start, unit.stop)
+        if shuffle:
+            rows = rows[permutation(unit, seed=self.seed, epoch=epoch)]
+        return Picks(rows, copies=np.zeros_like(rows))
+
+    def _stream(self, portions: Sequence[Portion], *, shuffle: bool) -> Iterator[tuple[int, Batch]]:
         if self.decoded is not None:
-            yield from self._recall(units, shuffle=shuffle)
-        elif units:
-            yield from self._read_ahead(units, shuffle=shuffle)
+            yield from self._recall(portions, shuffle=shuffle)
+        elif portions:
+            yield from self._read_ahead(portions, shuffle=shuffle)
 
-    def _recall(
-        self, units: Sequence[tuple[int, Unit]], *, shuffle: bool
-    ) -> Iterator[tuple[int, Batch]]:
+    def _recall(self, portions: Sequence[Portion], *, shuffle: bool) -> Iterator[tuple[int, Batch]]:
         """Units of a split that is decoded."""
         assert self.decoded is not None
-        for epoch, unit in units:
-            group = ray.get(self.decoded[unit.row_group], timeout=GET_SECONDS)
-            rows: Any = slice(unit.start, unit.stop)
-            if (order := self._order(unit, epoch=epoch, shuffle=shuffle)) is not None:
-                rows = unit.start + order
-            keys = group["key"][rows]
-            images = self.transform.vary(group["image"][rows], epoch=epoch, keys=keys)
-            yield unit.lane, Batch(image=images, label=group["label"][rows], key=keys)
+        for portion in portions:
+            group, lane = portion.unit.row_group, portion.unit.lane
+            batch = ray.get(self.decoded[group.shard, group.index], timeout=GET_SECONDS)
+            picks = self._picks(portion, shuffle=shuffle)
+            keys = batch["key"][picks.rows]
+            copies = map(self._keys_of_copies, keys, picks.copies.tolist())
+            images = self.transform.vary(
+                batch["image"][np.repeat(picks.rows, self.repeats)],
+                epoch=portion.epoch,
+                keys=itertools.chain.from_iterable(copies),
+            )
+            image, label = self._with_copies(images), batch["label"][picks.rows]
+            yield lane, Batch(image=image, label=label, key=keys)
 
     def _read_ahead(
-        self, units: Sequence[tuple[int, Unit]], *, shuffle: bool
+        self, portions: Sequence[Portion], *, shuffle: bool
     ) -> Iterator[tuple[int, Batch]]:
         """Units that Ray Data's tasks read and decode."""
+        reader = replace(self, sampler=None)  # it has chosen; all labels need not travel
 
         def read(row: dict[str, Any]) -> dict[str, Any]:
-            epoch, unit = units[int(row["id"][0])]
-            order = self._order(unit, epoch=epoch, shuffle=shuffle)
-            decode = partial(_augmented, self.transform, epoch)
-            batch = self.read(unit, decode, order=order)
-            return {**batch, "lane": np.full(unit.num_rows, unit.lane, dtype=np.int32)}
+            portion = portions[int(row["id"][0])]
+            picks = reader._picks(portion, shuffle=shuffle)
+            decode = partial(_augmented, reader.transform, portion.epoch)
+            batch = reader.read(portion.unit.row_group, picks, decode)
+            return {**batch, "lane": np.full(len(picks.rows), portion.unit.lane, dtype=np.int32)}
 
-        dataset = ray.data.range(len(units), override_num_blocks=len(units)).map_batches(
+        dataset = ray.data.range(len(portions), override_num_blocks=len(portions)).map_batches(
             read, batch_size=None
         )
         blocks = dataset.iter_batches(
@@ -188,7 +253,12 @@ class SplitReader:
             yield int(block["lane"][0]), cast(Batch, block)
 
 
+def _in_file_order(group: RowGroup) -> Picks:
+    rows = np.arange(group.num_rows)
+    return Picks(rows, copies=np.zeros_like(rows))
+
+
 def _augmented(
-    transform: TrainTransform, epoch: int, data: bytes, key: str
-) -> np.ndarray[Any, Any]:
-    return transform(data, epoch=epoch, key=key)
+    transform: TrainTransform, epoch: int, data: bytes, keys: Sequence[str]
+) -> list[np.ndarray[Any, Any]]:
+    return transform.variations(data, epoch=epoch, keys=keys)

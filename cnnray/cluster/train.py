@@ -26,7 +26,7 @@ from cnnray.cluster.ingest import (
 )
 from cnnray.cluster.runtime import WorkerResources, find_cause, last_line, plan_workers, ray_cluster
 from cnnray.cluster.train_display import TrainingDisplay
-from cnnray.cluster.train_worker import TrainJob, train_worker
+from cnnray.cluster.train_worker import TrainJob, plan_resizing, train_worker
 from cnnray.config import TrainSettings
 from cnnray.datasets.manifest import Manifest, get_split, read_manifest
 from cnnray.errors import (
@@ -47,6 +47,7 @@ from cnnray.training.checkpoints import (
     load_latest,
 )
 from cnnray.training.network import Network, plan_preprocessing
+from cnnray.training.resizing import require_size
 
 logger = logging.getLogger(__name__)
 
@@ -77,13 +78,17 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     data, output = open_store(settings.data), open_store(settings.output)
     manifest = read_manifest(data)
     network = _plan_network(settings, manifest)
-    network.build()  # finds a wrong name, size or weights file before anything is started
+    _try_network(network, settings)
     run = child(output, f"training/{settings.run_name}")
     _claim_output(settings, output=output, run=run, manifest=manifest)
     with ray_cluster(settings.cluster):
         resources = plan_workers(settings.scaling)
         _warn_of_local_paths(settings)
-        readers = _decode_what_fits(_readers(data, manifest, settings, network), settings, network)
+        readers = _readers(data, manifest, settings, network)
+        if settings.imbalance.method == "balanced_sampler":
+            stall_seconds = settings.cluster.stall_seconds
+            readers["train"] = readers["train"].balance(stall_seconds=stall_seconds)
+        readers = _decode_what_fits(readers, settings, network)
         job = TrainJob(
             settings=settings,
             network=network,
@@ -127,7 +132,7 @@ def _plan_network(settings: TrainSettings, manifest: Manifest) -> Network:
         settings.model.name,
         manifest.statistics,
         pretrained=settings.model.weights is not None,
-        **settings.image.model_dump(),
+        **settings.image.model_dump(exclude={"progressive"}),
     )
     return Network(
         name=settings.model.name,
@@ -139,6 +144,14 @@ def _plan_network(settings: TrainSettings, manifest: Manifest) -> Network:
         dropout=settings.model.dropout,
         drop_path=settings.model.drop_path,
     )
+
+
+def _try_network(network: Network, settings: TrainSettings) -> None:
+    """Find a wrong name, size or weights file before anything is started."""
+    classifier = network.build()
+    if settings.image.progressive < 1:
+        size = plan_resizing(settings, network, steps_per_epoch=1).size_in(0)
+        require_size(classifier, channels=network.preprocessing.channels, size=size)
 
 
 def _absolute(path: str | None) -> str | None:
@@ -190,7 +203,9 @@ def _readers(
 ) -> dict[str, SplitReader]:
     """Of the splits that there are: validation, if any, and training."""
     preprocessing = network.preprocessing
-    augmentations = {"val": Augmentation(), "train": Augmentation(**settings.augment.model_dump())}
+    repeats = settings.augment.repeats
+    train = Augmentation(**settings.augment.model_dump(exclude={"repeats"}))
+    augmentations = {"val": Augmentation(), "train": train}
     if manifest.splits["val"].num_samples == 0:
         logger.warning("no validation split: the best epoch is chosen by its training loss")
         del augmentations["val"]
@@ -204,8 +219,9 @@ def _readers(
                 seed=settings.seed,
                 limits=DecodeLimits(**settings.limits.model_dump()),
             ),
-            unit_rows=max(1, min(UNIT_ROWS, UNIT_BYTES // _image_bytes(network))),
+            unit_rows=max(1, min(UNIT_ROWS, UNIT_BYTES // (repeats * _image_bytes(network)))),
             seed=settings.seed,
+            repeats=repeats if split == "train" else 1,
         )
         for split, augmentation in augmentations.items()
     }

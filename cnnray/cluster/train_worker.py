@@ -17,6 +17,7 @@ from cnnray.cluster.ingest import SplitReader, set_up_data_context
 from cnnray.cluster.runtime import find_cause
 from cnnray.config import TrainSettings
 from cnnray.datasets.order import EpochOrder, assemble, lanes_of, plan_epoch
+from cnnray.datasets.sampling import spread_copies
 from cnnray.errors import CnnrayError, NonFiniteLossError, StorageError
 from cnnray.process import keep_freed_memory
 from cnnray.storage import Store
@@ -31,13 +32,23 @@ from cnnray.training.checkpoints import (
 from cnnray.training.finite import Reduce
 from cnnray.training.freezing import FrozenEpochs
 from cnnray.training.imbalance import balance_loss
-from cnnray.training.loop import Cadence, EpochData, EpochResult, Trainer, run_epochs
+from cnnray.training.loop import (
+    BatchTransform,
+    Cadence,
+    EpochData,
+    EpochResult,
+    Trainer,
+    in_turn,
+    run_epochs,
+)
 from cnnray.training.losses import Loss, build_loss
+from cnnray.training.mixing import Mixing
 from cnnray.training.network import Network
 from cnnray.training.optimizers import build_optimizer, restore_optimizer
 from cnnray.training.order_log import OrderLog, remove_order
 from cnnray.training.places import Interval, Place
 from cnnray.training.prefetch import prefetch
+from cnnray.training.resizing import Resizing
 from cnnray.training.schedules import learning_rate_factor, peak_learning_rate
 from cnnray.training.stopping import has_stalled
 
@@ -189,6 +200,28 @@ def _build_trainer(job: TrainJob, checkpoint: Checkpoint | None) -> Trainer:
         if settings.model.frozen_epochs
         else None,
         average=average,
+        transform=_build_transform(job, steps_per_epoch=order.num_steps),
+    )
+
+
+def _build_transform(job: TrainJob, *, steps_per_epoch: int) -> BatchTransform | None:
+    settings = job.settings
+    transforms: list[BatchTransform] = []
+    if settings.image.progressive < 1:
+        transforms.append(plan_resizing(settings, job.network, steps_per_epoch=steps_per_epoch))
+    if settings.mix.mixup_alpha or settings.mix.cutmix_alpha:
+        num_classes = len(job.network.classes)
+        transforms.append(Mixing(num_classes, settings.seed, **settings.mix.model_dump()))
+    return in_turn(transforms) if transforms else None
+
+
+def plan_resizing(settings: TrainSettings, network: Network, *, steps_per_epoch: int) -> Resizing:
+    """How images grow over the epochs."""
+    return Resizing(
+        size=network.preprocessing.size,
+        first=settings.image.progressive,
+        epochs=settings.epochs,
+        steps_per_epoch=steps_per_epoch,
     )
 
 
@@ -209,7 +242,7 @@ def _build_loss(job: TrainJob, device: torch.device, *, label_smoothing: float) 
 
 def _order(job: TrainJob, *, epoch: int) -> EpochOrder:
     return plan_epoch(
-        job.train.row_groups,
+        job.train.row_groups_in(epoch),
         seed=job.settings.seed,
         epoch=epoch,
         global_batch_size=job.settings.global_batch_size,
@@ -236,8 +269,10 @@ def _epoch_feeder(
         order, place = _order(job, epoch=epoch), place_in(epoch)
         batches = prefetch(assemble(order, blocks, lanes=lanes, first_step=place.step))
         return EpochData(
-            batches=batches if log is None else log.record(batches, begin=place),
-            global_batch_sizes=order.batch_sizes,
+            batches=map(
+                spread_copies, batches if log is None else log.record(batches, begin=place)
+            ),
+            global_batch_sizes=order.batch_sizes * job.train.repeats,
             validation=() if val is None else val.share(rank, num_workers),
         )
 

@@ -22,6 +22,7 @@ from cnnray.config.sections import (
     IngestSettings,
     LimitSettings,
     LossSettings,
+    MixSettings,
     ModelSettings,
     OptimizerSettings,
     PositiveFloat,
@@ -97,10 +98,11 @@ class TrainSettings(JobSettings):
     accumulate_steps: PositiveInt = 1
     """passes that a worker cuts its part of a batch into, for less memory: the order stays"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """of the initial weights, the sample order, augmentation and dropout"""
+    """of the initial weights, the sample order, augmentation, mixing and dropout"""
     model: ModelSettings = ModelSettings()
     image: ImageSettings = ImageSettings()
     augment: AugmentSettings = AugmentSettings()
+    mix: MixSettings = MixSettings()
     ingest: IngestSettings = IngestSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
@@ -138,6 +140,8 @@ class EvaluateSettings(JobSettings):
     """split to evaluate"""
     batch_size: PositiveInt = 64
     """samples of one forward pass"""
+    tta: Literal["none", "flips", "crops"] = "none"
+    """average over views of each image: 2 (flips: its mirror) or 10 (crops: corners), as slow"""
     scaling: InferenceScalingSettings = InferenceScalingSettings()
     limits: LimitSettings = LimitSettings()
     overwrite: bool = False

@@ -172,6 +172,8 @@ class ImageSettings(Section):
     """resampling filter (that of the pretrained model, else bilinear)"""
     channels: Annotated[Literal[1, 3], BeforeValidator(_whole_number)] | None = None
     """1 grey, 3 colour (1 for a grey dataset and tutorial_cnn, else 3)"""
+    progressive: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """size that training begins with, fraction of the whole, for models of any size (1: whole)"""
 
 
 class AugmentSettings(Section):
@@ -193,14 +195,27 @@ class AugmentSettings(Section):
     """largest rotation either way, degrees"""
     color_jitter: Fraction = 0.0
     """strength of random brightness, contrast and saturation"""
-    policy: Literal["none", "randaugment", "trivialaugment"] = "none"
+    policy: Literal["none", "randaugment", "trivialaugment", "augmix"] = "none"
     """automatic augmentation"""
     policy_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
-    """strength of randaugment, 0 to 30"""
+    """strength of randaugment and augmix, 0 to 30"""
     policy_ops: PositiveInt = 2
     """operations a sample, for randaugment"""
     erasing: Fraction = 0.0
     """probability that a random rectangle is blanked"""
+    repeats: Annotated[int, Field(ge=1, le=16)] = 1
+    """copies of each image in its batch, changed each in its own way: as many times the samples"""
+
+
+class MixSettings(Section):
+    """Mixing of training images with others of their batch, and of their labels; off by default."""
+
+    mixup_alpha: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
+    """MixUp, weighted means of two images: weights from Beta(alpha, alpha) (0: none)"""
+    cutmix_alpha: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
+    """CutMix, a rectangle of another image: areas from Beta(alpha, alpha) (0: none)"""
+    probability: Fraction = 1.0
+    """probability of a step to be mixed"""
 
 
 class IngestSettings(Section):
@@ -264,10 +279,15 @@ class LossSettings(Section):
 class ImbalanceSettings(Section):
     """What is done about classes of unequal size; counts are the training split's."""
 
-    method: Literal["none", "class_weights", "effective_number", "focal", "logit_adjustment"] = (
-        "none"
-    )
-    """weights 1/n or by effective number, the focal loss, or logits moved by the prior"""
+    method: Literal[
+        "none",
+        "class_weights",
+        "effective_number",
+        "focal",
+        "logit_adjustment",
+        "balanced_sampler",
+    ] = "none"
+    """weights 1/n or by effective number, focal loss, logits moved by the prior, or resampling"""
     beta: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
     """of effective_number: 0 weighs all alike, towards 1 it becomes class_weights"""
     tau: Annotated[float, Field(ge=0.0)] = 1.0

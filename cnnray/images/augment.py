@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from cnnray.images.geometry import shift_and_flip
 from cnnray.images.transforms import EvalTransform, Preprocessing, as_tensor, fit, min_side
 
 CROPS = ("center", "random_resized", "random_pad")
-POLICIES = ("none", "randaugment", "trivialaugment")
+POLICIES = ("none", "randaugment", "trivialaugment", "augmix")
 
 _generator_lock = threading.Lock()
 """Two threads that share torch's default generator would take each other's numbers."""
@@ -38,7 +38,9 @@ class Augmentation:
     ``random_pad``: as in evaluation, then ``pad`` mirrored pixels round it and a random window.
     ``flip``, ``vertical_flip``: probabilities. ``rotation``: up to so many degrees either way.
     ``policy``: ``randaugment`` (``policy_ops`` operations of strength ``policy_magnitude``, 0 to
-    30; arXiv:1909.13719) or ``trivialaugment`` (wide; arXiv:2103.10158).
+    30; arXiv:1909.13719), ``trivialaugment`` (wide; arXiv:2103.10158) or ``augmix`` (mixed with
+    three chains of operations of severity ``policy_magnitude`` / 3; arXiv:1912.02781, without its
+    consistency loss).
     ``color_jitter``: brightness, contrast and saturation by a factor of up to 1 plus or minus this
     and hue by a quarter of it (in turns); grey images keep saturation and hue as they are.
     ``erasing``: the probability that a rectangle is erased (arXiv:1708.04896).
@@ -120,13 +122,18 @@ class TrainTransform:
 
     def __call__(self, data: bytes, *, epoch: int, key: str) -> np.ndarray:
         """(C, size, size) uint8, a pure function of the arguments. Raises ``ImageError``."""
+        [image] = self.variations(data, epoch=epoch, keys=[key])
+        return image
+
+    def variations(self, data: bytes, *, epoch: int, keys: Sequence[str]) -> list[np.ndarray]:
+        """What each of several keys makes of one image, which is decoded once."""
         decoded = decode_image(
             data,
             channels=self.preprocessing.channels,
             limits=self.limits,
             min_side=None if self._window else min_side(self.preprocessing),
         )
-        return self.augment(decoded.pixels, epoch=epoch, key=key)
+        return [self.augment(decoded.pixels, epoch=epoch, key=key) for key in keys]
 
     def augment(self, pixels: np.ndarray, *, epoch: int, key: str) -> np.ndarray:
         """The same from decoded (H, W, C) uint8 pixels."""
@@ -160,6 +167,11 @@ class TrainTransform:
             flip=how.flip,
             vertical_flip=how.vertical_flip,
         )
+
+
+def copy_key(key: str, copy: int) -> str:
+    """The key by which another copy of an image is varied in an epoch; the first has its own."""
+    return f"{key}\0{copy}" if copy else key
 
 
 def _build_window(
@@ -198,6 +210,9 @@ def _policy_steps(augmentation: Augmentation, fill: list[float]) -> list[nn.Modu
         return [v2.RandAugment(ops, magnitude, interpolation=bilinear, fill=fill)]
     if augmentation.policy == "trivialaugment":
         return [v2.TrivialAugmentWide(interpolation=bilinear, fill=fill)]
+    if augmentation.policy == "augmix":
+        severity = max(1, round(augmentation.policy_magnitude / 3))  # of 10; the paper's is 3
+        return [v2.AugMix(severity, interpolation=bilinear, fill=fill)]
     return []
 
 

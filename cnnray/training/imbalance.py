@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cnnray.training.losses import Loss, distribution
+from cnnray.training.losses import Loss
 
 
 def balance_loss(
@@ -63,10 +63,18 @@ def log_prior(counts: Tensor) -> Tensor:
 
 
 def _weighted(loss: Loss, weights: Tensor) -> Loss:
-    """Each sample's loss times its class's weight (the mean over a soft target)."""
+    """Each sample's loss times its class's weight.
+
+    A mixed sample's is the mixture of what its classes alone would cost, as torch's weighted
+    cross-entropy has it: exact for losses that are linear in the target, which all are but mse.
+    """
 
     def weighted(logits: Tensor, target: Tensor) -> Tensor:
-        return loss(logits, target) * (distribution(target, len(weights)) @ weights)
+        if target.ndim == 1:
+            return weights[target] * loss(logits, target)
+        share = target * weights  # (B, K)
+        weight = share.sum(dim=1, keepdim=True)
+        return weight[:, 0] * loss(logits, share / weight)
 
     return weighted
 

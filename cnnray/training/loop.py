@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, astuple, dataclass
 from typing import Any
@@ -26,6 +26,9 @@ from cnnray.training.freezing import FrozenEpochs
 from cnnray.training.losses import Loss
 from cnnray.training.places import Place, Tally
 from cnnray.training.progress import Meter, Progress
+
+BatchTransform = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""(B, C, H, W) images, (B,) labels and the step → images, and labels or (B, K) targets."""
 
 FINITE_CHECK_STEPS = 50
 """Steps between two looks at what all ranks must know: losses that are not finite, wishes."""
@@ -66,6 +69,7 @@ class Trainer:
     clip_norm: float | None = None  # of the gradient of all parameters together, at most
     freeze: FrozenEpochs | None = None
     average: AveragedModel | None = None  # of the model's weights
+    transform: BatchTransform | None = None  # of what is trained on, on the device
 
     @property
     def trained(self) -> nn.Module:
@@ -82,6 +86,17 @@ class Trainer:
     def validation_loss(self) -> Loss:
         """The loss without what only regularises training, such as label smoothing."""
         return self.eval_loss or self.loss
+
+
+def in_turn(transforms: Sequence[BatchTransform]) -> BatchTransform:
+    """One transform that does what several do, one after the other."""
+
+    def transform(image: Tensor, label: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        for one in transforms:
+            image, label = one(image, label, step)
+        return image, label
+
+    return transform
 
 
 @dataclass(frozen=True)
@@ -194,9 +209,8 @@ def _train_epoch(
         watch.add(trainer.step, batch, losses)
         meter.step(int(global_batch_size), sums=sums)
         is_due = cadence.every_steps > 0 and trainer.step % cadence.every_steps == 0
-        is_checked = (
-            trainer.step % FINITE_CHECK_STEPS == 0
-        )  # by count, not by time: all ranks must agree
+        # By count, not by time: all ranks must agree.
+        is_checked = trainer.step % FINITE_CHECK_STEPS == 0
         if (is_due or is_checked) and step + 1 < len(data.global_batch_sizes):
             is_wished = is_due or cadence.is_wished()
             tally, is_due = _agree(trainer, sums, is_wished=is_wished, watch=watch, ranks=ranks)
@@ -253,6 +267,8 @@ def _train_step(trainer: Trainer, batch: Batch, *, divisor: float) -> tuple[Tens
 def _add_gradients(trainer: Trainer, batch: Batch, *, divisor: float) -> tuple[Tensor, Tensor]:
     """Forward and backward in as many passes as memory asks for; DDP averages in the last."""
     image, label = _to_device(batch, trainer.device)
+    if trainer.transform is not None:
+        image, label = trainer.transform(image, label, trainer.step)  # or (B, K) targets
     passes = max(1, min(trainer.accumulate_steps, len(label)))
     pieces = zip(image.tensor_split(passes), label.tensor_split(passes), strict=True)
     alone = getattr(trainer.model, "no_sync", nullcontext)
@@ -280,7 +296,8 @@ def evaluate(trainer: Trainer, batches: Iterable[Batch], *, reduce: Reduce) -> T
     return Tally(*reduce(sums).tolist())
 
 
-def _count(logits: Tensor, losses: Tensor, label: Tensor) -> Tensor:
+def _count(logits: Tensor, losses: Tensor, target: Tensor) -> Tensor:
+    label = target if target.ndim == 1 else target.argmax(dim=1)  # the larger part of a mixture
     correct = (logits.argmax(dim=1) == label).sum()
     samples = torch.tensor(float(len(label)), dtype=torch.float64, device=logits.device)
     return torch.stack([losses.double().sum(), correct.double(), samples])

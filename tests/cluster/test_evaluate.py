@@ -46,6 +46,18 @@ def test_every_row_is_evaluated_once_and_the_metrics_are_those_of_the_rows(
     assert "<script" not in report
 
 
+def test_an_average_over_views_is_named_among_the_facts(evaluate_settings, tmp_path):
+    evaluate(evaluate_settings())
+    plain = pq.read_table(tmp_path / "evaluation/predictions.parquet")
+    assert "test-time" not in (tmp_path / "evaluation/metrics.json").read_text()
+    evaluate(evaluate_settings(tta="flips", overwrite=True))
+    views = pq.read_table(tmp_path / "evaluation/predictions.parquet")
+    facts = json.loads((tmp_path / "evaluation/metrics.json").read_text())["facts"]
+    assert "mirror image" in facts["test-time augmentation"]
+    assert views["key"].equals(plain["key"])
+    assert not views["confidence"].equals(plain["confidence"])
+
+
 def test_another_models_classes_are_refused(
     painter, pack_settings, evaluate_settings, tmp_path, trained
 ):
@@ -97,6 +109,7 @@ def test_what_cannot_be_evaluated_is_refused_at_once(evaluate_settings, tmp_path
     for changes, said in (
         ({"scaling": {"num_workers": 3}}, "3 workers of 1 CPU do not fit"),
         ({"scaling": {"use_gpu": True, "num_workers": 1}}, "1 CPU and 1 GPU do not fit"),
+        ({"tta": "crops"}, "larger than the model's 12 px"),
     ):
         with pytest.raises(SettingsError, match=said):
             evaluate(evaluate_settings(**changes, overwrite=True))

@@ -6,12 +6,14 @@ import os
 import shutil
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import cnnray.cluster.train as train_module
+from cnnray.cluster.pack import pack
 from cnnray.cluster.train import train
 from cnnray.errors import (
     CnnrayError,
@@ -66,6 +68,45 @@ def test_a_split_that_is_decoded_once_trains_as_one_that_is_read_every_epoch(run
     assert [streamed.batches(epoch) for epoch in range(3)] == [
         trained.batches(epoch) for epoch in range(3)
     ]
+
+
+def test_a_balanced_sampler_shows_each_class_equally_often_read_or_decoded(
+    pack_settings, run_training, painter, tmp_path
+):
+    import pyarrow.parquet as pq
+
+    painter.photos(tmp_path / "photos", 90)
+    for path in sorted((tmp_path / "photos/red").iterdir())[9:]:
+        path.unlink()  # a tenth of the others'
+    data = tmp_path / "packed"
+    pack(pack_settings(input=str(tmp_path / "photos"), output=str(data)))
+    keys = pq.read_table(data / "train", columns=["key"])["key"].to_pylist()
+    settings = {
+        "data": str(data),
+        "epochs": 2,
+        "imbalance": {"method": "balanced_sampler"},
+    }
+    decoded = run_training(**settings)
+    streamed = run_training(**settings, ingest={"decoded_bytes": 0})
+    for epoch in range(2):
+        taken = pq.read_table(decoded.order_log / f"epoch-{epoch:05d}")["key"].to_pylist()
+        counts = Counter(key.split("/")[0] for key in taken)
+        assert len(taken) == len(keys)
+        assert max(counts.values()) - min(counts.values()) <= 1
+    assert losses(streamed.history) == losses(decoded.history)
+
+
+def test_repeated_images_take_as_many_steps_and_the_same_batches_read_or_decoded(
+    run_training, trained
+):
+    repeats = {"augment": {"flip": 0.5, "repeats": 3}}
+    decoded = run_training(**repeats)
+    streamed = run_training(**repeats, ingest={"decoded_bytes": 0})
+    assert decoded.result["steps"] == trained.result["steps"]
+    assert [decoded.batches(epoch) for epoch in range(3)] == [
+        trained.batches(epoch) for epoch in range(3)
+    ]
+    assert losses(streamed.history) == losses(decoded.history) != losses(trained.history)
 
 
 def test_a_finished_run_is_not_overwritten_unasked(run_training, trained):
@@ -214,6 +255,7 @@ def test_mistakes_are_found_before_a_worker_is_started(run_training, trained, tm
         ({"data": str(tmp_path / "empty")}, DataError),
         ({"model": {"name": "resnet81"}}, ModelError),
         ({"model": {"name": "tutorial_cnn", "weights": str(tmp_path / "none")}}, UsageError),
+        ({"image": {"progressive": 0.5}}, SettingsError),  # tutorial_cnn takes one size only
     ):
         with pytest.raises(error):
             run_training(output=str(tmp_path / "model"), **changes)

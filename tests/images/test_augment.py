@@ -25,6 +25,7 @@ OPTIONS = {
     "color_jitter": Augmentation(color_jitter=0.5),
     "randaugment": Augmentation(policy="randaugment", policy_magnitude=15, policy_ops=3),
     "trivialaugment": Augmentation(policy="trivialaugment"),
+    "augmix": Augmentation(policy="augmix"),
     "erasing": Augmentation(erasing=0.8),
 }
 EVERYTHING = Augmentation(
@@ -173,6 +174,17 @@ def test_jitter_of_grey_images_changes_brightness_only(encode):
     images = [transform(flat, epoch=0, key=str(i)) for i in range(10)]
     assert all(len(np.unique(image)) == 1 for image in images)
     assert len({int(image[0, 0, 0]) for image in images}) > 5
+
+
+def test_augmix_strays_further_from_the_image_the_larger_the_magnitude(data):
+    plain = EvalTransform(make_preprocessing())(data).astype(int)
+    distances = []
+    for magnitude in (0, 9, 30):
+        transform = make_transform(Augmentation(policy="augmix", policy_magnitude=magnitude))
+        images = [transform(data, epoch=0, key=str(i)).astype(int) for i in range(60)]
+        distances.append(np.mean([np.abs(image - plain).mean() for image in images]))
+    assert distances == sorted(distances)
+    assert distances[-1] > 1.2 * distances[0]
 
 
 @pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (1, 1)])

@@ -103,3 +103,49 @@ def test_a_network_without_information_rests_at_the_prior_until_it_is_balanced()
 def test_a_class_without_training_images_leaves_every_loss_finite(method: str) -> None:
     losses = balanced(method, [5, 0, 3])(torch.zeros(3, 3), torch.tensor([0, 1, 2]))
     assert torch.isfinite(losses).all()
+
+
+def test_a_mixed_samples_weighted_loss_is_torchs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(8, 3, generator=generator)
+    target = torch.softmax(torch.randn(8, 3, generator=generator), dim=1)
+    theirs = torch.nn.functional.cross_entropy(
+        logits, target, weight=inverse_frequency(COUNTS).float(), reduction="none"
+    )
+    torch.testing.assert_close(balanced("class_weights", [900, 90, 10])(logits, target), theirs)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "focal", "bce"])
+@pytest.mark.parametrize("method", ["none", "class_weights", "effective_number"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_mixtures_loss_is_the_mixture_of_its_parts_losses(
+    name: str, method: str, smoothing: float
+) -> None:
+    loss = balance_loss(
+        build_loss(name, label_smoothing=smoothing),
+        method=method,
+        class_counts=[900, 90, 10],
+        beta=0.9,
+        tau=1.0,
+        device=torch.device("cpu"),
+    )
+    check_mixture(loss)
+
+
+def test_an_adjusted_mixtures_loss_is_the_mixture_of_its_parts_losses() -> None:
+    check_mixture(balanced("logit_adjustment", [900, 90, 10]))
+
+
+def check_mixture(loss: Loss) -> None:
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    one, other = torch.tensor([0, 1, 2, 0]), torch.tensor([2, 2, 1, 0])
+    target = 0.3 * torch.eye(3)[one] + 0.7 * torch.eye(3)[other]
+    parts = 0.3 * loss(logits, one) + 0.7 * loss(logits, other)
+    torch.testing.assert_close(loss(logits, target), parts)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_label_and_its_distribution_cost_the_same(method: str) -> None:
+    logits = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    loss, label = balanced(method, [900, 90, 10]), torch.tensor([0, 1, 2])
+    torch.testing.assert_close(loss(logits, torch.eye(3)), loss(logits, label))

@@ -28,6 +28,7 @@ from cnnray.training.loop import (
     run_epochs,
 )
 from cnnray.training.losses import cross_entropy
+from cnnray.training.mixing import Mixing
 from cnnray.training.optimizers import build_optimizer
 
 MakeTrainer = Callable[..., Trainer]
@@ -412,3 +413,68 @@ def test_the_backbone_stays_bit_for_bit_until_its_frozen_epochs_are_over(
 
     assert moved(0) == {"backbone.3.weight", "backbone.3.bias"}
     assert moved(1) >= {"backbone.0.weight", "backbone.1.running_mean", "backbone.3.weight"}
+
+
+def mixed(trainer: Trainer) -> Trainer:
+    trainer.transform = Mixing(num_classes=2, seed=5, mixup_alpha=1.0, cutmix_alpha=1.0)
+    return trainer
+
+
+def test_mixing_is_that_of_the_step_also_after_a_resume(
+    make_trainer: MakeTrainer, make_batch: MakeBatch
+) -> None:
+    whole, resumed = mixed(make_trainer()), mixed(make_trainer())
+    plain = run(make_trainer(), make_batch, epochs=2)
+    results = run(whole, make_batch, epochs=2)
+    assert results[0].train_loss != plain[0].train_loss
+    run(resumed, make_batch, epochs=1)
+    torch.manual_seed(12345)  # another process has another generator
+    [last] = run(resumed, make_batch, first=1, epochs=2)
+    assert last.train_loss == results[1].train_loss
+    for name, tensor in copies(whole).items():
+        assert torch.equal(copies(resumed)[name], tensor), name
+
+
+def test_a_batch_is_mixed_whole_however_many_passes_it_takes(
+    make_trainer: MakeTrainer, make_batch: MakeBatch
+) -> None:
+    whole, cut = (mixed(make_trainer(optimizer="sgd", lr=0.1)) for _ in range(2))
+    cut.accumulate_steps = 3
+    batch = make_batch(16, seed=1)
+    one, other = step_once(whole, batch), step_once(cut, batch)
+    assert other.train_loss == pytest.approx(one.train_loss)
+    for name, tensor in copies(whole).items():
+        torch.testing.assert_close(copies(cut)[name], tensor)
+
+
+def test_training_accuracy_is_of_the_larger_part_of_a_mixture(
+    make_trainer: MakeTrainer, make_batch: MakeBatch
+) -> None:
+    trainer = make_trainer(lr=0.0)
+    with torch.no_grad():
+        trainer.model.head.weight.zero_()
+        trainer.model.head.bias.copy_(torch.tensor([1.0, 0.0]))  # always names class 0
+    batch = make_batch(4, seed=1)
+    batch["label"][:] = 1
+    targets = torch.tensor([[0.6, 0.4], [0.4, 0.6], [0.9, 0.1], [0.8, 0.2]])
+    trainer.transform = lambda image, label, step: (image, targets)
+    assert step_once(trainer, batch).train_accuracy == 0.75
+
+
+def test_validation_images_are_not_mixed(make_trainer: MakeTrainer, make_batch: MakeBatch) -> None:
+    batches = [make_batch(8, seed=1)]
+    tallies = [
+        evaluate(trainer, batches, reduce=lambda sums: sums)
+        for trainer in (make_trainer(), mixed(make_trainer()))
+    ]
+    assert tallies[0] == tallies[1]
+
+
+def test_mixing_is_told_the_step_of_the_run(
+    make_trainer: MakeTrainer, make_batch: MakeBatch
+) -> None:
+    trainer = make_trainer()
+    told: list[int] = []
+    trainer.transform = lambda image, label, step: told.append(step) or (image, label)
+    run(trainer, make_batch, epochs=2)
+    assert told == list(range(8))
