@@ -6,6 +6,7 @@ sizes may then take every CPU of the cluster, where any other stage would wait f
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import warnings
@@ -18,9 +19,8 @@ import ray
 import ray.data
 import ray.util.annotations
 import torch
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, DataContext
 
-from cnnray.cluster.ingest import set_up_data_context
 from cnnray.cluster.runtime import find_cause, last_line
 from cnnray.config import InferenceScalingSettings
 from cnnray.errors import CnnrayError, IncompleteError, SettingsError
@@ -108,6 +108,18 @@ def set_up_actor(*, use_gpu: bool) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
+def _set_up_data_context(*, stall_seconds: float) -> None:
+    """Bound Ray Data's waits in this process, and leave progress to us."""
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = False
+    context.execution_no_progress_timeout_s = stall_seconds
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # or its type and text never reach the driver
+    context.max_map_retries = 2
+    context.retried_map_errors = ["the store gave no usable answer"]  # of an UnavailableError
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
 def map_tables(
     tables: Iterable[pa.Table], stages: Sequence[Stage], *, stall_seconds: float
 ) -> Iterator[pa.Table]:
@@ -117,7 +129,7 @@ def map_tables(
     ``IncompleteError`` when workers keep dying or nothing moves.
     """
     tables = list(tables)
-    set_up_data_context(stall_seconds=stall_seconds, preserve_order=False)
+    _set_up_data_context(stall_seconds=stall_seconds)
     results = ray.data.from_arrow(tables)
     with warnings.catch_warnings():  # 2.60 has no other way to bound restarts
         warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)

@@ -1,7 +1,7 @@
-"""Ray Data for training: units of the planned order are read, decoded and augmented by tasks.
+"""Images for training: units of the planned order are read, decoded and augmented by tasks.
 
-Each worker streams the units of its own lanes, in order. (Ray Data's own splitter would deal blocks
-by arrival; see ARCHITECTURE.md, decisions.) A split that is small, and differs between epochs by
+Each worker streams the units of its own lanes, in order. (Why not by Ray Data: see ARCHITECTURE.md,
+decisions.) A split that is small, and differs between epochs by
 shifts and flips at most, is decoded once instead, into Ray's object store, where the workers of a
 node share it.
 """
@@ -9,19 +9,16 @@ node share it.
 from __future__ import annotations
 
 import itertools
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import ray
-import ray.data
-from ray.data import DataContext
 
-from cnnray.cluster.tasks import run_tasks, submit_tasks
+from cnnray.cluster.tasks import map_in_order, run_tasks, submit_tasks
 from cnnray.datasets.manifest import Split
 from cnnray.datasets.order import Batch, RowGroup, Unit, permutation, row_groups_of
 from cnnray.datasets.sampling import BalancedSampler, Numbers, Picks
@@ -30,12 +27,10 @@ from cnnray.errors import DataError, ImageError
 from cnnray.images.augment import TrainTransform, copy_key
 from cnnray.storage import Store
 
-PREFETCH_BLOCKS = 4
 UNIT_BYTES = 16 * 1024 * 1024
 """Decoded bytes of one unit, at most: a worker holds one unit for each of its lanes."""
 UNIT_ROWS = 512
 """Rows of one unit, at most: the first batch needs one unit of every lane."""
-UNITS_PER_EXECUTION = 4000
 GET_SECONDS = 300.0
 """For a decoded row group to come from another node."""
 
@@ -51,18 +46,6 @@ class Portion(NamedTuple):
     picks: Picks | None = None
 
 
-def set_up_data_context(*, stall_seconds: float, preserve_order: bool) -> None:
-    """Bound Ray Data's waits in this process, and leave progress to us."""
-    context = DataContext.get_current()
-    context.execution_options.preserve_order = preserve_order
-    context.execution_no_progress_timeout_s = stall_seconds
-    context.enable_progress_bars = False
-    context.raise_original_map_exception = True  # or its type and text never reach the driver
-    context.max_map_retries = 2
-    context.retried_map_errors = ["the store gave no usable answer"]  # of an UnavailableError
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-
 @dataclass(frozen=True)
 class SplitReader:
     """Reads one split of a dataset on behalf of a worker."""
@@ -72,6 +55,9 @@ class SplitReader:
     transform: TrainTransform
     unit_rows: int
     seed: int
+    ahead: int
+    """Units of a worker that are read at a time, or wait to be used."""
+    stall_seconds: float
     decoded: Mapping[tuple[int, int], Any] | None = None
     """References of batches by shard and row group, once the split is decoded."""
     sampler: BalancedSampler | None = None
@@ -88,12 +74,12 @@ class SplitReader:
         """The row groups of the split, as long as the epoch has samples of them."""
         return self.row_groups if self.sampler is None else self.sampler.sample(epoch).row_groups
 
-    def balance(self, *, stall_seconds: float) -> SplitReader:
+    def balance(self) -> SplitReader:
         """The same reader with a sampler that takes each class equally often.
 
         Reads the split's labels. Raises ``DataError`` when they are not those of the manifest.
         """
-        labels = dict(run_tasks(self._labels, self.row_groups, stall_seconds=stall_seconds))
+        labels = dict(run_tasks(self._labels, self.row_groups, stall_seconds=self.stall_seconds))
         counts = np.bincount(
             np.concatenate(list(labels.values())), minlength=len(self.split.class_counts)
         )
@@ -105,7 +91,7 @@ class SplitReader:
         in_order = {group: labels[group] for group in self.row_groups}  # tasks end in any order
         return replace(self, sampler=BalancedSampler(in_order, seed=self.seed))
 
-    def decode_once(self, *, stall_seconds: float) -> SplitReader:
+    def decode_once(self) -> SplitReader:
         """The same reader with its split decoded, if what then is left to do is quick.
 
         Raises ``CnnrayError`` when nothing moves; reading raises what decoding has met.
@@ -119,7 +105,7 @@ class SplitReader:
         decoded = submit_tasks(
             lambda group: once.read(group, _in_file_order(group), prepare),
             self.row_groups,
-            stall_seconds=stall_seconds,
+            stall_seconds=self.stall_seconds,
         )
         return replace(
             self, decoded={(group.shard, group.index): batch for group, batch in decoded}
@@ -130,15 +116,12 @@ class SplitReader:
     ) -> Iterator[tuple[int, Batch]]:
         """(lane, samples) of the units of one epoch after another, shuffled.
 
-        One Ray Data execution reads as many epochs as make ``UNITS_PER_EXECUTION`` units, so that
-        the next epoch is read ahead while this one ends and is validated.
+        The next epoch is read ahead while this one ends and is validated.
         """
-        pending: list[Portion] = []
-        for epoch in epochs:
-            pending += self._portions(epoch, units_of(epoch))
-            if len(pending) >= UNITS_PER_EXECUTION or epoch == epochs[-1]:
-                yield from self._stream(pending, shuffle=True)
-                pending = []
+        portions = (
+            portion for epoch in epochs for portion in self._portions(epoch, units_of(epoch))
+        )
+        return self._stream(portions, shuffle=True)
 
     def share(self, rank: int, num_workers: int) -> Iterator[Batch]:
         """This worker's share of the split as it is: each row once over all workers."""
@@ -207,13 +190,11 @@ class SplitReader:
             rows = rows[permutation(unit, seed=self.seed, epoch=epoch)]
         return Picks(rows, copies=np.zeros_like(rows))
 
-    def _stream(self, portions: Sequence[Portion], *, shuffle: bool) -> Iterator[tuple[int, Batch]]:
-        if self.decoded is not None:
-            yield from self._recall(portions, shuffle=shuffle)
-        elif portions:
-            yield from self._read_ahead(portions, shuffle=shuffle)
+    def _stream(self, portions: Iterable[Portion], *, shuffle: bool) -> Iterator[tuple[int, Batch]]:
+        stream = self._read_ahead if self.decoded is None else self._recall
+        return stream(portions, shuffle=shuffle)
 
-    def _recall(self, portions: Sequence[Portion], *, shuffle: bool) -> Iterator[tuple[int, Batch]]:
+    def _recall(self, portions: Iterable[Portion], *, shuffle: bool) -> Iterator[tuple[int, Batch]]:
         """Units of a split that is decoded."""
         assert self.decoded is not None
         for portion in portions:
@@ -231,26 +212,17 @@ class SplitReader:
             yield lane, Batch(image=image, label=label, key=keys)
 
     def _read_ahead(
-        self, portions: Sequence[Portion], *, shuffle: bool
+        self, portions: Iterable[Portion], *, shuffle: bool
     ) -> Iterator[tuple[int, Batch]]:
-        """Units that Ray Data's tasks read and decode."""
+        """Units that tasks read and decode."""
         reader = replace(self, sampler=None)  # it has chosen; all labels need not travel
 
-        def read(row: dict[str, Any]) -> dict[str, Any]:
-            portion = portions[int(row["id"][0])]
-            picks = reader._picks(portion, shuffle=shuffle)
+        def read(portion: Portion) -> tuple[int, Batch]:
             decode = partial(_augmented, reader.transform, portion.epoch)
-            batch = reader.read(portion.unit.row_group, picks, decode)
-            return {**batch, "lane": np.full(len(picks.rows), portion.unit.lane, dtype=np.int32)}
+            picks = reader._picks(portion, shuffle=shuffle)
+            return portion.unit.lane, reader.read(portion.unit.row_group, picks, decode)
 
-        dataset = ray.data.range(len(portions), override_num_blocks=len(portions)).map_batches(
-            read, batch_size=None
-        )
-        blocks = dataset.iter_batches(
-            batch_size=None, batch_format="numpy", prefetch_batches=PREFETCH_BLOCKS
-        )
-        for block in blocks:
-            yield int(block["lane"][0]), cast(Batch, block)
+        return map_in_order(read, portions, ahead=self.ahead, stall_seconds=self.stall_seconds)
 
 
 def _in_file_order(group: RowGroup) -> Picks:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import ray
 
 from cnnray.cluster.runtime import find_cause, last_line
-from cnnray.errors import CnnrayError
+from cnnray.errors import CnnrayError, UnavailableError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -58,18 +59,52 @@ def submit_tasks(
                 list(running), num_returns=1, timeout=stall_seconds, fetch_local=False
             )
             if not done:
-                raise CnnrayError(
-                    f"no task has finished for {stall_seconds:.0f} s",
-                    hint="look at the cluster, or raise --cluster.stall_seconds",
-                )
+                raise _stalled(stall_seconds)
             yield running.pop(done[0]), done[0]
     finally:
         for reference in running:
             ray.cancel(reference, force=False)
 
 
-def _result(reference: Any) -> Any:
+def map_in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], *, ahead: int, stall_seconds: float
+) -> Iterator[Result]:
+    """The results in the order of the items; ``ahead`` of them are under way or wait to be taken.
+
+    A store that gave no answer is asked again by another try. Raises what ``run_tasks`` raises.
+    """
+
+    def call(item: Item) -> Result:
+        return function(item)
+
+    remote = ray.remote(max_retries=MAX_RETRIES, num_cpus=1, retry_exceptions=[UnavailableError])
+    task = remote(call)
+    source, pending = iter(items), deque[Any]()
     try:
-        return ray.get(reference)
+        while True:
+            pending += [
+                task.remote(item) for item in itertools.islice(source, ahead - len(pending))
+            ]
+            if not pending:
+                return
+            yield _result(pending[0], seconds=stall_seconds)
+            pending.popleft()
+    finally:
+        for reference in pending:
+            ray.cancel(reference, force=False)
+
+
+def _result(reference: Any, *, seconds: float | None = None) -> Any:
+    try:
+        return ray.get(reference, timeout=seconds)
+    except ray.exceptions.GetTimeoutError as error:
+        raise _stalled(seconds) from error
     except ray.exceptions.RayError as error:
         raise (find_cause(error) or CnnrayError(f"a task failed: {last_line(error)}")) from error
+
+
+def _stalled(seconds: float | None) -> CnnrayError:
+    return CnnrayError(
+        f"no task has finished for {seconds:.0f} s",
+        hint="look at the cluster, or raise --cluster.stall_seconds",
+    )

@@ -8,6 +8,7 @@ last checkpoint that is whole, at its very step.
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 import time
 from typing import Any
@@ -25,6 +26,7 @@ from cnnray.cluster.ingest import (
     SplitReader,
 )
 from cnnray.cluster.runtime import WorkerResources, find_cause, last_line, plan_workers, ray_cluster
+from cnnray.cluster.tasks import IN_FLIGHT_PER_CPU
 from cnnray.cluster.train_display import TrainingDisplay
 from cnnray.cluster.train_worker import TrainJob, plan_resizing, train_worker
 from cnnray.config import TrainSettings
@@ -53,6 +55,9 @@ from cnnray.training.resizing import require_size
 logger = logging.getLogger(__name__)
 
 SETTINGS_KEY = "settings.json"
+
+MIN_AHEAD = 4
+"""Units of a worker that are read at a time, at least."""
 
 RESUMABLE = {
     "data",  # known by its digest
@@ -87,8 +92,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         _warn_of_local_paths(settings)
         readers = _readers(data, manifest, settings, network)
         if settings.imbalance.method == "balanced_sampler":
-            stall_seconds = settings.cluster.stall_seconds
-            readers["train"] = readers["train"].balance(stall_seconds=stall_seconds)
+            readers["train"] = readers["train"].balance()
         readers = _decode_what_fits(readers, settings, network)
         job = TrainJob(
             settings=settings,
@@ -205,6 +209,8 @@ def _readers(
     """Of the splits that there are: validation, if any, and training."""
     preprocessing = network.preprocessing
     repeats = settings.augment.repeats
+    cpus = ray.cluster_resources().get("CPU", 1.0)
+    ahead = max(MIN_AHEAD, math.ceil(IN_FLIGHT_PER_CPU * cpus / settings.scaling.num_workers))
     train = Augmentation(**settings.augment.model_dump(exclude={"repeats"}))
     augmentations = {"val": Augmentation(), "train": train}
     if manifest.splits["val"].num_samples == 0:
@@ -222,6 +228,8 @@ def _readers(
             ),
             unit_rows=max(1, min(UNIT_ROWS, UNIT_BYTES // (repeats * _image_bytes(network)))),
             seed=settings.seed,
+            ahead=ahead,
+            stall_seconds=settings.cluster.stall_seconds,
             repeats=repeats if split == "train" else 1,
         )
         for split, augmentation in augmentations.items()
@@ -243,7 +251,7 @@ def _decode_what_fits(
         num_bytes = reader.split.num_samples * _image_bytes(network)
         if reader.transform.is_quick and num_bytes <= room:
             room -= num_bytes
-            ready[name] = reader.decode_once(stall_seconds=settings.cluster.stall_seconds)
+            ready[name] = reader.decode_once()
             logger.info("%s split: decoded once, %.0f MB", name, num_bytes / 1e6)
     return ready
 

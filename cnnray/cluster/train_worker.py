@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 
 from cnnray.cluster.board import BoardHandler
-from cnnray.cluster.ingest import SplitReader, set_up_data_context
+from cnnray.cluster.ingest import SplitReader
 from cnnray.cluster.runtime import find_cause
 from cnnray.config import TrainSettings
 from cnnray.datasets.order import EpochOrder, assemble, lanes_of, plan_epoch
@@ -70,10 +70,8 @@ class TrainJob:
 def train_worker(config: Mapping[str, Any]) -> None:
     """One rank of Ray Train."""
     job: TrainJob = config["job"]
-    settings = job.settings
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
-    set_up_data_context(stall_seconds=settings.cluster.stall_seconds, preserve_order=True)
     keep_freed_memory()
     torch.set_num_threads(job.threads)
     if rank == 0:
