@@ -54,6 +54,13 @@ def test_nothing_heavy_is_imported_before_ray_is_under_way() -> None:
     assert done.stdout.split() == ["False", "True"], done.stderr
 
 
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even that of other tests."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+
+@pytest.mark.usefixtures("no_ray")
 def test_who_waits_gets_the_error_of_the_start() -> None:
     start = RayStart(ClusterSettings(address="127.0.0.1:1"))
     start.begin()
@@ -62,6 +69,7 @@ def test_who_waits_gets_the_error_of_the_start() -> None:
     start.close()
 
 
+@pytest.mark.usefixtures("no_ray")
 def test_a_start_that_nobody_waited_for_is_closed() -> None:
     start = RayStart(ClusterSettings(address="127.0.0.1:1"))
     start.begin()

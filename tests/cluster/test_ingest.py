@@ -67,6 +67,8 @@ def make_reader(tmp_path: Path) -> Callable[..., SplitReader]:
             transform=TrainTransform(preprocessing, augmentation, seed=1),
             unit_rows=4,
             seed=1,
+            ahead=2,
+            stall_seconds=60.0,
         )
 
     return make
