@@ -7,9 +7,6 @@ BUNDLE_VERSION = 1
 LABELS_VERSION = 1
 PLAN_VERSION = 1
 
-BUNDLE_KEY = "model.json"
-"""A folder with this file is a bundle."""
-
 SPLITS = ("train", "val", "test")
 
 # Why one image could not be used. ``read`` errors come from the store, the others from its bytes.

@@ -20,7 +20,7 @@ from cnnray.cluster.dry_run import dry_run
 from cnnray.cluster.engine_check import CheckedEngine, check_engine, with_engine
 from cnnray.cluster.estimate import measure_run, predict_run
 from cnnray.cluster.label_workers import LabelJob, engine_choice
-from cnnray.cluster.runtime import RayStart, stop_on_sigterm
+from cnnray.cluster.runtime import ray_cluster, stop_on_sigterm
 from cnnray.config import ClassifySettings
 from cnnray.console import ProgressLine, format_seconds
 from cnnray.datasets.listing import list_in_order
@@ -43,10 +43,9 @@ WAVE_ROWS = 1_000_000
 """Images handed to Ray Data at a time, at most about: their names are in the object store."""
 
 
-def classify(settings: ClassifySettings, ray_start: RayStart | None = None) -> dict[str, Any]:
+def classify(settings: ClassifySettings) -> dict[str, Any]:
     """Label what is new in the input, each image once, and return the job's result.
 
-    Ray starts when there is something to label, unless ``ray_start`` has begun to.
     Raises ``ConflictError`` when the output is of another model or an open run has other settings,
     ``DataError`` when there are no images, ``SettingsError`` when the engine's labels are not those
     of eager, ``IncompleteError`` when work is left (on SIGTERM, too), ``TooManyBadImagesError``
@@ -54,8 +53,7 @@ def classify(settings: ClassifySettings, ray_start: RayStart | None = None) -> d
     """
     started = time.perf_counter()
     engine = CheckedEngine(engine_choice(settings))  # unknown until it is compared
-    ray_start = ray_start or RayStart(settings.cluster)
-    with stop_on_sigterm(), contextlib.closing(ray_start):
+    with stop_on_sigterm(), contextlib.ExitStack() as resources:
         output = open_store(settings.output, single_writer=settings.single_writer)
         model = open_store(settings.model)
         if settings.delta:
@@ -92,7 +90,7 @@ def classify(settings: ClassifySettings, ray_start: RayStart | None = None) -> d
             run, is_mine = begun
             job = LabelJob(model, source, run, settings)
             before = time.perf_counter() - started
-            totals, seconds, engine = _work_on(job, bundle, ray_start, is_mine=is_mine)
+            totals, seconds, engine = _work_on(job, bundle, is_mine=is_mine, resources=resources)
             finished.append((run, totals))
             predicted = predicted if seconds is None else before + seconds
         if settings.delta:  # with what drivers that died had committed, and when nothing is new
@@ -136,12 +134,12 @@ def _list_inputs(source: Source, settings: ClassifySettings) -> Iterator[pa.Tabl
 
 
 def _work_on(
-    job: LabelJob, bundle: Bundle, ray_start: RayStart, *, is_mine: bool
+    job: LabelJob, bundle: Bundle, *, is_mine: bool, resources: contextlib.ExitStack
 ) -> tuple[RunTotals, float | None, CheckedEngine]:
     """Label and publish every missing part of a run, and commit it.
 
-    Returned are also the prediction of how many seconds this takes, for a large run, and the
-    engine.
+    Ray is started when there is something to label, and lives as long as ``resources``. Returned
+    are also the prediction of how many seconds this takes, for a large run, and the engine.
     """
     started, predicted = time.perf_counter(), None
     engine: CheckedEngine | None = None
@@ -163,7 +161,7 @@ def _work_on(
         if not is_mine:  # from the other end: the driver that opened the run may be alive
             missing.reverse()
         measured = measure_run(bundle, job.source, run, missing, job.settings)
-        ray_start.wait()
+        resources.enter_context(ray_cluster(job.settings.cluster))  # the second time it is there
         if engine is None:
             engine = check_engine(job, engine_choice(job.settings))
             job = with_engine(job, engine)

@@ -9,9 +9,7 @@ import os
 import secrets
 import signal
 import socket
-import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import ray
@@ -22,8 +20,6 @@ from cnnray.errors import CnnrayError, IncompleteError, SettingsError
 logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 10.0
-START_SECONDS = 180.0
-"""For Ray to start or to be joined, on a machine that is busy with other things."""
 ADDRESS_HINT = "check --cluster.address and RAY_ADDRESS, or leave them out for a local Ray"
 
 READER_CPUS = 1.0
@@ -57,7 +53,6 @@ def ray_cluster(settings: ClusterSettings) -> Iterator[None]:
         refuse_open_cluster(address, os.environ, trusted_network=settings.trusted_network)
     _require_reachable(address)
     _set_ray_defaults(is_local=address == "local")
-    is_main_thread = threading.current_thread() is threading.main_thread()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if address == "local":
@@ -80,9 +75,7 @@ def ray_cluster(settings: ClusterSettings) -> Iterator[None]:
             f"cannot join Ray at {address}: {first_line}",
             hint=ADDRESS_HINT,
         ) from error
-    if (
-        is_main_thread and on_sigterm is not signal.SIG_DFL
-    ):  # Ray has put its own in the place of the job's
+    if on_sigterm is not signal.SIG_DFL:  # Ray has put its own in the place of the job's
         signal.signal(signal.SIGTERM, on_sigterm)
     try:
         if address == "auto":  # only now is it known which Ray that is, and whether it has a token
@@ -99,40 +92,6 @@ def ray_cluster(settings: ClusterSettings) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-class RayStart:
-    """A job's Ray, which may start in the background while the job does other things."""
-
-    def __init__(self, settings: ClusterSettings) -> None:
-        self._settings = settings
-        self._resources = contextlib.ExitStack()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray-start")
-        self._started: Future[None] | None = None
-
-    def begin(self) -> None:
-        """Start it in the background, if that was not done yet."""
-        if self._started is None:
-            self._started = self._thread.submit(
-                self._resources.enter_context, ray_cluster(self._settings)
-            )
-
-    def wait(self) -> None:
-        """Wait until it runs. Raises what ``ray_cluster`` does, and ``CnnrayError``."""
-        self.begin()
-        assert self._started is not None
-        try:
-            self._started.result(START_SECONDS)
-        except TimeoutError as error:
-            message = f"Ray has not started within {START_SECONDS:g} s"
-            raise CnnrayError(message, hint="try again when the machine is less busy") from error
-
-    def close(self) -> None:
-        """Stop it, if it was started, as soon as it runs."""
-        if self._started is not None:
-            wait([self._started], START_SECONDS)
-        self._thread.shutdown(wait=False)
-        self._resources.close()
 
 
 @contextlib.contextmanager
@@ -192,10 +151,6 @@ def _require_reachable(address: str) -> None:
 
 
 def _set_ray_defaults(*, is_local: bool) -> None:
-    # Started in a thread, Ray warns that it does not handle SIGTERM: the job itself does.
-    logging.getLogger("ray._private.worker").addFilter(
-        lambda record: "SIGTERM handler" not in str(record.msg)
-    )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     # Torch's threads wait for each other actively by default, which on cores that are shared with

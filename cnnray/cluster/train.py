@@ -41,8 +41,7 @@ from cnnray.errors import (
 from cnnray.evaluation.doctor import diagnose, read_run
 from cnnray.images.augment import Augmentation, TrainTransform
 from cnnray.images.decode import DecodeLimits
-from cnnray.models.bundle import WEIGHTS_KEY, save_bundle
-from cnnray.schema import BUNDLE_KEY
+from cnnray.models.bundle import DOCUMENT_KEY, WEIGHTS_KEY, save_bundle
 from cnnray.storage import Store, child, encode_json, open_store, read_json, sha256, split_uri
 from cnnray.training.checkpoints import (
     delete_checkpoints,
@@ -172,11 +171,11 @@ def _claim_output(
 ) -> None:
     """Make sure that what is at output is this run, or nothing."""
     if settings.overwrite:
-        for key in (BUNDLE_KEY, WEIGHTS_KEY):
+        for key in (DOCUMENT_KEY, WEIGHTS_KEY):
             output.delete(key)
         delete_checkpoints(run)
         run.delete(SETTINGS_KEY)
-    elif output.head(BUNDLE_KEY) is not None:
+    elif output.head(DOCUMENT_KEY) is not None:
         raise UsageError(
             f"{output.uri} holds a bundle already",
             hint="choose another --output, or --overwrite",

@@ -23,10 +23,11 @@ from cnnray.images.transforms import Preprocessing
 from cnnray.models.classifier import Classifier
 from cnnray.models.registry import build_model, check_arguments, head_name
 from cnnray.models.weights import check_finite, check_tensors, read_tensors
-from cnnray.schema import BUNDLE_KEY, BUNDLE_VERSION
+from cnnray.schema import BUNDLE_VERSION
 from cnnray.storage import Store, encode_json, read_json, sha256
 
 WEIGHTS_KEY = "model.safetensors"
+DOCUMENT_KEY = "model.json"
 
 T = TypeVar("T")
 
@@ -70,7 +71,7 @@ def save_bundle(store: Store, model: Classifier, spec: BundleSpec) -> str:
     parsed, weights_sha256 = _parse(json.loads(document), source="the bundle's spec")
     _check_describes(parsed, model)
     store.create(WEIGHTS_KEY, weights)
-    store.create(BUNDLE_KEY, document)
+    store.create(DOCUMENT_KEY, document)
     return _digest(parsed, weights_sha256)
 
 
@@ -84,7 +85,7 @@ def load_bundle(store: Store) -> Bundle:
         raise ModelError(f"the bundle has no weights: {source}") from error
     if sha256(weights) != weights_sha256:
         raise ModelError(
-            f"{source} is not the file that {BUNDLE_KEY} describes: its digest differs",
+            f"{source} is not the file that {DOCUMENT_KEY} describes: its digest differs",
             hint="copy the bundle again, both files together",
         )
     tensors = read_tensors(weights, source=source)
@@ -165,15 +166,15 @@ def _digest(spec: BundleSpec, weights_sha256: str) -> str:
 
 def _read(store: Store) -> tuple[BundleSpec, str]:
     try:
-        document = read_json(store, BUNDLE_KEY)
+        document = read_json(store, DOCUMENT_KEY)
     except MissingObjectError as error:
         raise ModelError(
-            f"no bundle at {store.uri}", hint=f"name the folder that holds {BUNDLE_KEY}"
+            f"no bundle at {store.uri}", hint=f"name the folder that holds {DOCUMENT_KEY}"
         ) from error
     except (StorageError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"cannot read the bundle at {store.uri}: {reason}") from error
-    return _parse(document, source=f"{store.uri}/{BUNDLE_KEY}")
+    return _parse(document, source=f"{store.uri}/{DOCUMENT_KEY}")
 
 
 def _parse(document: Any, *, source: str) -> tuple[BundleSpec, str]:
