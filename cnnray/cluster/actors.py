@@ -21,7 +21,7 @@ import ray.util.annotations
 import torch
 from ray.data import ActorPoolStrategy, DataContext
 
-from cnnray.cluster.runtime import find_cause, last_line
+from cnnray.cluster.runtime import find_cause, last_line, node_resources
 from cnnray.config import InferenceScalingSettings
 from cnnray.errors import CnnrayError, IncompleteError, SettingsError
 from cnnray.process import keep_freed_memory
@@ -82,10 +82,9 @@ def split_stages(
 
 def _places(need: Mapping[str, float]) -> int:
     """How many workers that need so much of each resource fit on the cluster's nodes."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return sum(
         min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in need.items())
-        for node in nodes
+        for node in node_resources()
     )
 
 

@@ -47,22 +47,20 @@ class LabelJob:
             )
         return [inference_stage(LabelActor, arguments, settings.scaling)]
 
-    def decoder(self) -> SampleDecoder:
+    def decoder(self, preprocessing: Preprocessing) -> SampleDecoder:
         """The part of a worker that decodes."""
         return make_decoder(
-            read_bundle_spec(self.model).preprocessing,
+            preprocessing,
             self.settings,
             # An actor that died may have been killed by an image, which it will be given again.
             careful=ray.get_runtime_context().was_current_actor_reconstructed,
         )
 
-    def predictor(self) -> Predictor:
+    def predictor(self, bundle: Bundle) -> Predictor:
         """The part of a worker that computes."""
         device = set_up_actor(use_gpu=self.settings.scaling.use_gpu)
         engine = PreparedEngine() if self.engine is None else ray.get(self.engine)
-        return make_predictor(
-            load_bundle(self.model), self.settings, device=device, prepared=engine
-        )
+        return make_predictor(bundle, self.settings, device=device, prepared=engine)
 
 
 def is_split(settings: ClassifySettings) -> bool:
@@ -135,7 +133,8 @@ class LabelActor:
 
     def __init__(self, *, job: LabelJob) -> None:
         self.reader = ChunkReader(job.source, job.run)
-        self.labeler = Labeler(job.decoder(), job.predictor())
+        bundle = load_bundle(job.model)
+        self.labeler = Labeler(job.decoder(bundle.spec.preprocessing), job.predictor(bundle))
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
         """Label rows of a chunk with their places in the plan; none if its part is published."""
@@ -149,7 +148,7 @@ class DecodeActor:
     def __init__(self, *, job: LabelJob) -> None:
         set_up_actor(use_gpu=False)
         self.reader = ChunkReader(job.source, job.run)
-        self.decoder = job.decoder()
+        self.decoder = job.decoder(read_bundle_spec(job.model).preprocessing)
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
         """Decoded rows of a chunk with their places in the plan."""
@@ -161,7 +160,7 @@ class PredictActor:
     """One worker of those that label what others have decoded."""
 
     def __init__(self, *, job: LabelJob) -> None:
-        self.predictor = job.predictor()
+        self.predictor = job.predictor(load_bundle(job.model))
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
         """Label rows with their places in the plan."""

@@ -165,13 +165,18 @@ def _set_ray_defaults(*, is_local: bool) -> None:
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
 
 
+def node_resources() -> list[dict[str, float]]:
+    """What each node that is alive has in all: CPU, GPU, object_store_memory and others."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def plan_workers(scaling: ScalingSettings) -> WorkerResources:
     """What each worker may reserve, so that workers and readers fit side by side.
 
     Raises ``SettingsError`` when the job cannot run on this cluster at its present size, where Ray
     would wait for ever: workers that take every CPU leave none to read their data.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = node_resources()
     total = sum(node.get("CPU", 0.0) for node in nodes)
     workers = scaling.num_workers
     gpus = 1.0 if scaling.use_gpu else 0.0

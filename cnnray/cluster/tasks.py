@@ -42,17 +42,14 @@ def submit_tasks(
     ``CnnrayError`` when nothing has finished for ``stall_seconds``.
     """
 
-    def call(item: Item) -> Any:
-        return function(item)
-
-    remote = ray.remote(max_retries=MAX_RETRIES, num_cpus=1)(call)
+    task = _task(function)
     limit = max(2, int(IN_FLIGHT_PER_CPU * ray.cluster_resources().get("CPU", 1)))
     running: dict[Any, Item] = {}
     source = iter(items)
     try:
         while True:
             for item in itertools.islice(source, limit - len(running)):
-                running[remote.remote(item)] = item
+                running[task.remote(item)] = item
             if not running:
                 return
             done, _ = ray.wait(
@@ -74,11 +71,7 @@ def map_in_order(
     A store that gave no answer is asked again by another try. Raises what ``run_tasks`` raises.
     """
 
-    def call(item: Item) -> Result:
-        return function(item)
-
-    remote = ray.remote(max_retries=MAX_RETRIES, num_cpus=1, retry_exceptions=[UnavailableError])
-    task = remote(call)
+    task = _task(function, retry_exceptions=[UnavailableError])
     source, pending = iter(items), deque[Any]()
     try:
         while True:
@@ -92,6 +85,15 @@ def map_in_order(
     finally:
         for reference in pending:
             ray.cancel(reference, force=False)
+
+
+def _task(function: Callable[[Item], Any], **options: Any) -> Any:
+    """The function as a task of one CPU; Ray takes no bound methods, so it is wrapped."""
+
+    def call(item: Item) -> Any:
+        return function(item)
+
+    return ray.remote(max_retries=MAX_RETRIES, num_cpus=1, **options)(call)
 
 
 def _result(reference: Any, *, seconds: float | None = None) -> Any:

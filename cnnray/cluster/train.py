@@ -1,4 +1,4 @@
-"""The train job: Ray Train runs the loop on every worker, Ray Data feeds it.
+"""The train job: Ray Train runs the loop on every worker, Ray's tasks feed it.
 
 The output folder is the bundle, with the run's checkpoints beside it under ``training/``. Workers
 checkpoint there by themselves, so a restart (Ray Train's, or a new submission) goes on from the
@@ -8,7 +8,6 @@ last checkpoint that is whole, at its very step.
 from __future__ import annotations
 
 import logging
-import math
 import tempfile
 import time
 from typing import Any
@@ -20,13 +19,8 @@ import torch.distributed
 
 from cnnray import __version__
 from cnnray.cluster.board import BoardReader, start_board
-from cnnray.cluster.ingest import (
-    UNIT_BYTES,
-    UNIT_ROWS,
-    SplitReader,
-)
 from cnnray.cluster.runtime import WorkerResources, find_cause, last_line, plan_workers, ray_cluster
-from cnnray.cluster.tasks import IN_FLIGHT_PER_CPU
+from cnnray.cluster.train_data import make_readers
 from cnnray.cluster.train_display import TrainingDisplay
 from cnnray.cluster.train_worker import TrainJob, plan_resizing, train_worker
 from cnnray.config import TrainSettings
@@ -39,8 +33,6 @@ from cnnray.errors import (
     UsageError,
 )
 from cnnray.evaluation.doctor import diagnose, read_run
-from cnnray.images.augment import Augmentation, TrainTransform
-from cnnray.images.decode import DecodeLimits
 from cnnray.models.bundle import DOCUMENT_KEY, WEIGHTS_KEY, save_bundle
 from cnnray.storage import Store, child, encode_json, open_store, read_json, sha256, split_uri
 from cnnray.training.checkpoints import (
@@ -54,9 +46,6 @@ from cnnray.training.resizing import require_size
 logger = logging.getLogger(__name__)
 
 SETTINGS_KEY = "settings.json"
-
-MIN_AHEAD = 4
-"""Units of a worker that are read at a time, at least."""
 
 RESUMABLE = {
     "data",  # known by its digest
@@ -89,10 +78,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     with ray_cluster(settings.cluster):
         resources = plan_workers(settings.scaling)
         _warn_of_local_paths(settings)
-        readers = _readers(data, manifest, settings, network)
-        if settings.imbalance.method == "balanced_sampler":
-            readers["train"] = readers["train"].balance()
-        readers = _decode_what_fits(readers, settings, network)
+        readers = make_readers(data, manifest, settings, network)
         job = TrainJob(
             settings=settings,
             network=network,
@@ -200,64 +186,6 @@ def _warn_of_local_paths(settings: TrainSettings) -> None:
         logger.warning(
             "%s is a local path on a cluster: every node must see the same folder", settings.output
         )
-
-
-def _readers(
-    data: Store, manifest: Manifest, settings: TrainSettings, network: Network
-) -> dict[str, SplitReader]:
-    """Of the splits that there are: validation, if any, and training."""
-    preprocessing = network.preprocessing
-    repeats = settings.augment.repeats
-    cpus = ray.cluster_resources().get("CPU", 1.0)
-    ahead = max(MIN_AHEAD, math.ceil(IN_FLIGHT_PER_CPU * cpus / settings.scaling.num_workers))
-    train = Augmentation(**settings.augment.model_dump(exclude={"repeats"}))
-    augmentations = {"val": Augmentation(), "train": train}
-    if manifest.splits["val"].num_samples == 0:
-        logger.warning("no validation split: the best epoch is chosen by its training loss")
-        del augmentations["val"]
-    return {
-        split: SplitReader(
-            store=data,
-            split=get_split(manifest, split, uri=settings.data),
-            transform=TrainTransform(
-                preprocessing,
-                augmentation,
-                seed=settings.seed,
-                limits=DecodeLimits(**settings.limits.model_dump()),
-            ),
-            unit_rows=max(1, min(UNIT_ROWS, UNIT_BYTES // (repeats * _image_bytes(network)))),
-            seed=settings.seed,
-            ahead=ahead,
-            stall_seconds=settings.cluster.stall_seconds,
-            repeats=repeats if split == "train" else 1,
-        )
-        for split, augmentation in augmentations.items()
-    }
-
-
-def _decode_what_fits(
-    readers: dict[str, SplitReader], settings: TrainSettings, network: Network
-) -> dict[str, SplitReader]:
-    """The same readers; splits that are small, and quick to vary, have been decoded.
-
-    They take half of a node's object store at most, for Ray Data needs some of it, too.
-    """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = min(node.get("object_store_memory", 0.0) for node in nodes) / 2
-    room = min(room, settings.ingest.decoded_bytes)
-    ready = dict(readers)
-    for name, reader in readers.items():
-        num_bytes = reader.split.num_samples * _image_bytes(network)
-        if reader.transform.is_quick and num_bytes <= room:
-            room -= num_bytes
-            ready[name] = reader.decode_once()
-            logger.info("%s split: decoded once, %.0f MB", name, num_bytes / 1e6)
-    return ready
-
-
-def _image_bytes(network: Network) -> int:
-    """Of one decoded image."""
-    return network.preprocessing.channels * network.preprocessing.size**2
 
 
 def _fit(job: TrainJob, resources: WorkerResources) -> None:

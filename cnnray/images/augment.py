@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,7 +137,9 @@ class TrainTransform:
 
     def augment(self, pixels: np.ndarray, *, epoch: int, key: str) -> np.ndarray:
         """The same from decoded (H, W, C) uint8 pixels."""
-        with _seeded(_image_seed(self.seed, epoch=epoch, key=key)):
+        # Seeding takes longer than a flip, and what is quick draws nothing of torch's generator.
+        seed = None if self.is_quick else _image_seed(self.seed, epoch=epoch, key=key)
+        with nullcontext() if seed is None else _seeded(seed):
             if self._window:
                 image = self._window(as_tensor(np.moveaxis(pixels, 2, 0))).numpy()
             else:

@@ -111,7 +111,8 @@ class SampleDecoder:
 
 def images_of(decoded: pa.Table, preprocessing: Preprocessing) -> np.ndarray[Any, Any]:
     """The pixels of decoded rows, (N, H, W, C) uint8, in the table's own memory where it is one."""
-    column = decoded["image"].combine_chunks()
+    column = decoded["image"]  # combine_chunks copies a single chunk, too
+    column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     size, channels = preprocessing.size, preprocessing.channels
     cell = size * size * channels
     pixels = np.frombuffer(column.buffers()[1], np.uint8)

@@ -123,8 +123,8 @@ def test_the_bundle_says_what_was_trained() -> None:
     assert (spec.metrics, spec.provenance) == ({"val_loss": 0.5}, {"seed": 3})
 
 
-def regularised(name: str, **rates: float) -> torch.nn.Module:
-    network = Network(
+def with_rates(name: str, **rates: float) -> Network:
+    return Network(
         name=name,
         classes=("a", "b"),
         preprocessing=planned(name, size=64, resize=64),
@@ -133,6 +133,10 @@ def regularised(name: str, **rates: float) -> torch.nn.Module:
         seed=0,
         **rates,
     )
+
+
+def regularised(name: str, **rates: float) -> torch.nn.Module:
+    network = with_rates(name, **rates)
     with torch.device("meta"):
         return network._build_backbone(network._rates().values())
 
@@ -176,14 +180,6 @@ def test_rates_that_are_not_given_stay_the_models_own() -> None:
 def test_a_model_without_the_rate_is_refused_with_the_flag(
     name: str, rates: dict[str, float], flag: str
 ) -> None:
-    network = Network(
-        name=name,
-        classes=("a", "b"),
-        preprocessing=planned(name, size=64, resize=64),
-        weights=None,
-        freeze_backbone=False,
-        seed=0,
-        **rates,
-    )
+    network = with_rates(name, **rates)
     with torch.device("meta"), pytest.raises(SettingsError, match=f"{name} has no {flag} that"):
         network.build()

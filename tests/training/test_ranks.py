@@ -95,7 +95,8 @@ def train(
     return list(results), trainer.served.state_dict()
 
 
-def train_rank(rank: int, folder: str) -> None:
+def join(rank: int, folder: str) -> slice:
+    """Make this process one of two ranks; the rows of a batch that are its own."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -104,7 +105,11 @@ def train_rank(rank: int, folder: str) -> None:
         world_size=2,
         timeout=timedelta(seconds=DEADLINE_SECONDS),
     )
-    rows = slice(0, CUT) if rank == 0 else slice(CUT, 16)
+    return slice(0, CUT) if rank == 0 else slice(CUT, 16)
+
+
+def train_rank(rank: int, folder: str) -> None:
+    rows = join(rank, folder)
     results, weights = train(
         rows, rank=rank, num_workers=2, wrap=nn.parallel.DistributedDataParallel
     )
@@ -155,15 +160,7 @@ def some_steps(rows: slice, *, first_step: int = 0) -> EpochData:
 
 def reach_a_place(rank: int, folder: str) -> None:
     """Rank 0's clock alone wishes one, at once; then go on to a loss of NaN on rank 1."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=DEADLINE_SECONDS),
-    )
-    rows = slice(0, CUT) if rank == 0 else slice(CUT, 16)
+    rows = join(rank, folder)
     trainer = plain_trainer(nn.parallel.DistributedDataParallel)
 
     def loss(logits: Tensor, label: Tensor) -> Tensor:
