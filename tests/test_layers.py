@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"jobs"},
     {"cluster"},
+    {"tuning"},
     {"training", "evaluation", "labeling"},
     {"models", "datasets"},
     {"images"},

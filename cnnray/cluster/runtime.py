@@ -186,7 +186,7 @@ def plan_workers(scaling: ScalingSettings) -> WorkerResources:
             f"{workers} workers need {workers} GPUs, the cluster has {total_gpus:g}",
             hint="lower --scaling.num_workers, or leave out --scaling.use_gpu",
         )
-    cpus = scaling.cpus_per_worker or _share_of_cpus(total, workers)
+    cpus = scaling.cpus_per_worker or share_of_cpus(total, workers)
     needed = cpus * workers + READER_CPUS
     places = sum(int(node.get("CPU", 0.0) / cpus + 1e-6) for node in nodes)
     if needed > total + 1e-6 or places < workers:
@@ -201,7 +201,7 @@ def plan_workers(scaling: ScalingSettings) -> WorkerResources:
     return WorkerResources(cpus=cpus, gpus=gpus, threads=threads)
 
 
-def _share_of_cpus(total: float, workers: int) -> float:
+def share_of_cpus(total: float, workers: int) -> float:
     """Half of the CPUs for the workers, half for reading: 1 of 2, 0.5 each for two on 2."""
     share = total / (2 * workers)
     return float(int(share)) if share >= 1 else int(share * 100) / 100

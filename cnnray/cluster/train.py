@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray.train
@@ -40,6 +41,7 @@ from cnnray.training.checkpoints import (
     load_checkpoint,
     load_latest,
 )
+from cnnray.training.loop import EpochResult
 from cnnray.training.network import Network, plan_preprocessing
 from cnnray.training.resizing import require_size
 
@@ -62,18 +64,21 @@ RESUMABLE = {
 """Settings that may change between a run and its continuation."""
 
 
-def train(settings: TrainSettings) -> dict[str, Any]:
+def train(
+    settings: TrainSettings, *, on_epoch: Callable[[EpochResult], None] = lambda result: None
+) -> dict[str, Any]:
     """Train, and write the bundle of the best epoch. Returns the job's result.
+
+    ``on_epoch`` is called on a thread of its own.
 
     Raises ``UsageError`` before anything is started for mistakes that can be known by then,
     ``ConflictError`` when the run exists with other settings, ``NonFiniteLossError``.
     """
     started = time.perf_counter()
-    data, output = open_store(settings.data), open_store(settings.output)
+    data, output, run = open_store(settings.data), open_store(settings.output), run_folder(settings)
     manifest = read_manifest(data)
     network = _plan_network(settings, manifest)
     _try_network(network, settings)
-    run = child(output, f"training/{settings.run_name}")
     _claim_output(settings, output=output, run=run, manifest=manifest)
     with ray_cluster(settings.cluster):
         resources = plan_workers(settings.scaling)
@@ -99,8 +104,13 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             resources.cpus,
             resources.threads,
         )
-        _fit(job, resources)
+        _fit(job, resources, on_epoch=on_epoch)
     return _finish(job, manifest=manifest, output=output, seconds=time.perf_counter() - started)
+
+
+def run_folder(settings: TrainSettings) -> Store:
+    """Where a run keeps its checkpoints."""
+    return child(open_store(settings.output), f"training/{settings.run_name}")
 
 
 def _plan_network(settings: TrainSettings, manifest: Manifest) -> Network:
@@ -188,7 +198,9 @@ def _warn_of_local_paths(settings: TrainSettings) -> None:
         )
 
 
-def _fit(job: TrainJob, resources: WorkerResources) -> None:
+def _fit(
+    job: TrainJob, resources: WorkerResources, *, on_epoch: Callable[[EpochResult], None]
+) -> None:
     """Run the workers to the end; raises what stopped them."""
     scaling = job.settings.scaling
     reservation = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
@@ -214,7 +226,7 @@ def _fit(job: TrainJob, resources: WorkerResources) -> None:
             ),
         )
         with (
-            TrainingDisplay(job.settings.cluster.progress_seconds) as display,
+            TrainingDisplay(job.settings.cluster.progress_seconds, on_epoch=on_epoch) as display,
             BoardReader(job.board, display.show),
         ):
             try:

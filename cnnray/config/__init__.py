@@ -11,9 +11,10 @@ from cnnray.config.jobs import (
     JobSettings,
     PackSettings,
     TrainSettings,
+    TuneSettings,
     VerifySettings,
 )
-from cnnray.config.loading import Settings, load_settings
+from cnnray.config.loading import Settings, build_settings, check_names, load_settings
 from cnnray.config.sections import (
     AugmentSettings,
     BudgetSettings,
@@ -54,6 +55,9 @@ __all__ = [
     "Settings",
     "SplitSettings",
     "TrainSettings",
+    "TuneSettings",
     "VerifySettings",
+    "build_settings",
+    "check_names",
     "load_settings",
 ]

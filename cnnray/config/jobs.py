@@ -127,6 +127,31 @@ class TrainSettings(JobSettings):
         return self
 
 
+class TuneSettings(TrainSettings):
+    """Train many times over a space of settings, and keep the best bundle."""
+
+    output: str
+    """where the best bundle, report.html and trials.parquet are written, and trials/ with all"""
+    space: str
+    """YAML file of settings and the values to try: lists, or {min: 0.0003, max: 0.01, log: true}"""
+    trials: PositiveInt = 16
+    """points to try, the settings as given being the first"""
+    search: Literal["random", "grid", "optuna"] = "random"
+    """random, grid (lists only) or optuna, which learns from trials (the optuna extra)"""
+    metric: Literal["val_accuracy", "val_loss"] = "val_accuracy"
+    """what the best trial is best at, on the validation split"""
+    scheduler: Literal["asha", "none"] = "asha"
+    """asha: stop trials that are behind others at the same epoch; none: all to their end"""
+    grace_epochs: PositiveInt = 2
+    """of asha: epochs that each trial gets"""
+    reduction_factor: Annotated[float, Field(gt=1.0, le=16.0)] = 3.0
+    """of asha: one in so many goes on, at grace_epochs and at each multiple of it by this factor"""
+    max_concurrent: PositiveInt | None = None
+    """trials at a time (as many as the cluster has CPUs or GPUs for)"""
+    refit_epochs: Annotated[int, Field(ge=0)] = 0
+    """train the best settings anew for so many epochs (0: the bundle is that of the best trial)"""
+
+
 class EvaluateSettings(JobSettings):
     """Evaluate a bundle on a split of a dataset, every row once."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +34,23 @@ def load_settings(settings_class: type[Settings], argv: Sequence[str]) -> Settin
         raise SettingsError(
             str(error).replace("error parsing CLI: ", ""), hint="see --help"
         ) from None
+
+
+def build_settings(
+    settings_class: type[Settings], values: Mapping[str, Any], *, where: str
+) -> Settings:
+    """Settings from nested values alone. Raises ``SettingsError``, which names ``where``."""
+    try:
+        return settings_class(**values)
+    except ValidationError as error:
+        raise SettingsError(f"{where}: {_first_problem(error)}") from None
+
+
+def check_names(settings_class: type[JobSettings], names: Iterable[str], *, where: str) -> None:
+    """Raise ``SettingsError`` for a dotted name that no setting has."""
+    known = set(_setting_names(settings_class))
+    for name in names:
+        _check_known(name, known, kind="setting ", where=f" in {where}")
 
 
 def _take_config_flag(argv: Sequence[str]) -> tuple[str | None, list[str]]:

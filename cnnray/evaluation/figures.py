@@ -79,6 +79,25 @@ def history_curves(
     return _png(figure)
 
 
+def accuracy_against_cost(
+    seconds: Sequence[float], accuracy: Sequence[float], *, names: Sequence[str]
+) -> bytes | None:
+    """Draw a dot a trial, with its name beside it where it has one; None without any trial."""
+    if not seconds:
+        return None
+    figure, axes = _figure(width=6.4, height=3.4)
+    axes.scatter(seconds, accuracy, s=40, color=[ACCENT if name else MUTED for name in names])
+    for x, y, name in zip(seconds, accuracy, names, strict=True):
+        axes.annotate(
+            name, (x, y), xytext=(7, -3), textcoords="offset points", color=INK, fontsize=FONT_SIZE
+        )
+    axes.set_xlabel("seconds of training, over all workers")
+    axes.set_ylabel("validation accuracy")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    axes.margins(x=0.15)
+    return _png(figure)
+
+
 def confusion_matrix(confusion: Counts, *, classes: Sequence[str]) -> bytes:
     """Draw a (K, K) matrix; colour is the share of the row's, that is the label's, samples."""
     num_classes = len(classes)

@@ -1,28 +1,21 @@
-"""One self-contained HTML file that shows how good a model is, and where it fails.
-
-Keys, class names and facts are hostile text: the template escapes them, and ``printable`` shows
-control characters as escapes. The page runs no script and loads nothing.
-"""
+"""One self-contained HTML file that shows how good a model is, and where it fails."""
 
 from __future__ import annotations
 
-import base64
 import io
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from cnnray.evaluation import figures
-from cnnray.evaluation.figures import printable
 from cnnray.evaluation.findings import Finding
 from cnnray.evaluation.metrics import NUM_CALIBRATION_BINS, Metrics
+from cnnray.evaluation.pages import Picture, data_uri, percent, picture, render_page
 
 MAX_CONFUSED_PAIRS = 12
 MAX_THUMBNAIL_PIXELS = 128
@@ -38,15 +31,6 @@ class Mistake:
     prediction: str
     confidence: float
     thumbnail: npt.NDArray[np.uint8] | None
-
-
-@dataclass(frozen=True)
-class _Picture:
-    """An embedded image: its data URI, and the size in CSS pixels that it is shown at."""
-
-    uri: str
-    width: int
-    height: int
 
 
 @dataclass(frozen=True)
@@ -74,26 +58,19 @@ def render_report(
         diagnosis: what the doctor found.
         facts: what was evaluated, in the order to show: model, data, digests, versions.
     """
-    environment = Environment(
-        loader=PackageLoader("cnnray.evaluation"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"printable": printable, "percent": _percent}
     classes = [row["label"] for row in metrics.per_class]
-    return environment.get_template("report.html.j2").render(
+    return render_page(
+        "report.html.j2",
         title=title,
         metrics=metrics,
         tiles=_tiles(metrics),
         curves=_curves(history),
         diagnosis=diagnosis,
-        confusion=_picture(figures.confusion_matrix(metrics.confusion, classes=classes)),
+        confusion=picture(figures.confusion_matrix(metrics.confusion, classes=classes)),
         pairs=_confused_pairs(metrics),
-        recall=_picture(figures.recall_bars(metrics.per_class)),
+        recall=picture(figures.recall_bars(metrics.per_class)),
         num_recall_bars=figures.MAX_RECALL_BARS,
-        reliability=_picture(figures.reliability_diagram(metrics.calibration)),
+        reliability=picture(figures.reliability_diagram(metrics.calibration)),
         mean_confidence=_mean_confidence(metrics),
         mistakes=[(mistake, _thumbnail(mistake.thumbnail)) for mistake in mistakes],
         facts=facts,
@@ -104,16 +81,16 @@ def _tiles(metrics: Metrics) -> list[tuple[str, str, str]]:
     """Name, value and explanation of each headline number."""
     loss = f"{metrics.loss:.3f}" if math.isfinite(metrics.loss) else "not finite"
     return [
-        ("Accuracy", _percent(metrics.accuracy), "predictions that are right"),
-        ("Top-5 accuracy", _percent(metrics.top5_accuracy), "label among the five likeliest"),
-        ("Balanced accuracy", _percent(metrics.balanced_accuracy), "mean recall of the classes"),
+        ("Accuracy", percent(metrics.accuracy), "predictions that are right"),
+        ("Top-5 accuracy", percent(metrics.top5_accuracy), "label among the five likeliest"),
+        ("Balanced accuracy", percent(metrics.balanced_accuracy), "mean recall of the classes"),
         ("Loss", loss, "mean cross-entropy"),
-        ("ECE", _percent(metrics.ece), f"calibration error, {NUM_CALIBRATION_BINS} bins"),
+        ("ECE", percent(metrics.ece), f"calibration error, {NUM_CALIBRATION_BINS} bins"),
         ("Samples", f"{metrics.samples:,}", f"in {len(metrics.per_class):,} classes"),
     ]
 
 
-def _curves(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, _Picture]]:
+def _curves(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, Picture]]:
     """The learning curves that the history has values for, each with its name."""
     loss = figures.history_curves(
         history, series={"training": "train_loss", "validation": "val_loss"}
@@ -123,7 +100,7 @@ def _curves(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, _Picture]]:
     )
     rate = figures.history_curves(history, series={"learning rate": "learning_rate"})
     named = {"Loss": loss, "Accuracy": accuracy, "Learning rate": rate}
-    return [(name, _picture(png)) for name, png in named.items() if png is not None]
+    return [(name, picture(png)) for name, png in named.items() if png is not None]
 
 
 def _confused_pairs(metrics: Metrics) -> list[_ConfusedPair]:
@@ -151,7 +128,7 @@ def _mean_confidence(metrics: Metrics) -> float:
     return total / metrics.samples
 
 
-def _thumbnail(image: npt.NDArray[np.uint8] | None) -> _Picture | None:
+def _thumbnail(image: npt.NDArray[np.uint8] | None) -> Picture | None:
     """A small copy; images of neither one nor three channels show their first one or three."""
     if image is None or image.size == 0:
         return None
@@ -164,20 +141,4 @@ def _thumbnail(image: npt.NDArray[np.uint8] | None) -> _Picture | None:
         small.save(buffer, "PNG")
     else:
         small.save(buffer, "JPEG", quality=85)
-    return _Picture(_data_uri(buffer.getvalue(), is_png=is_lossless), *small.size)
-
-
-def _picture(png: bytes) -> _Picture:
-    """A figure at its natural size: 96 CSS pixels an inch."""
-    width, height = struct.unpack(">II", png[16:24])  # the IHDR chunk comes first
-    scale = 96 / figures.DPI
-    return _Picture(_data_uri(png, is_png=True), round(width * scale), round(height * scale))
-
-
-def _data_uri(data: bytes, *, is_png: bool) -> str:
-    kind = "png" if is_png else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _percent(fraction: float | None) -> str:
-    return "–" if fraction is None else f"{fraction:.1%}"
+    return Picture(data_uri(buffer.getvalue(), kind="png" if is_lossless else "jpeg"), *small.size)
