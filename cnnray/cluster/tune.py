@@ -110,7 +110,11 @@ def trial_settings(settings: TuneSettings, point: Point) -> TrainSettings:
 
 
 def _check_points(settings: TuneSettings, space: Space) -> None:
-    """Raise ``SettingsError`` for names that are none, and for values that no trial could have."""
+    """Raise ``SettingsError`` for names that are none, and for values that no trial could have.
+
+    Values are tried one by one: points at which some do not go together are failed trials.
+    """
+    open_search(settings.search, space, trials=1, seed=0)
     check_names(TrainSettings, space, where=settings.space)
     for name, values in space.items():
         if name.partition(".")[0] in OWN:
