@@ -19,8 +19,13 @@ def read_split(folder: str, split: str) -> tuple[Pixels, Labels]:
 
 
 def write_part(source: Path, folder: Path, *, split: str, images: int) -> None:
-    """The first images of a split as gzipped IDX files, for short forms."""
-    pixels, labels = (values[:images] for values in read_split(str(source), split))
+    """The first images of a split, for short forms."""
+    pixels, labels = read_split(str(source), split)
+    write_split(folder, split, pixels[:images], labels[:images])
+
+
+def write_split(folder: Path, split: str, pixels: Pixels, labels: Labels) -> None:
+    """Images and labels as gzipped IDX files."""
     for name, values in (("images-idx3", pixels), ("labels-idx1", labels)):
         header = np.array([0x0800 + values.ndim, *values.shape], dtype=">u4").tobytes()
         data = gzip.compress(header + values.tobytes(), compresslevel=1)

@@ -142,7 +142,7 @@ class ModelSettings(Section):
     """The network."""
 
     name: str = "tutorial_cnn"
-    """tutorial_cnn, a torchvision classifier (resnet18) or timm/NAME with the timm extra"""
+    """tutorial_cnn, small_cnn, a torchvision classifier (resnet18) or timm/NAME (the timm extra)"""
     weights: str | None = None
     """safetensors file to start from, local or s3://; the head is replaced when it does not fit"""
     freeze: Literal["none", "backbone"] = "none"
@@ -171,7 +171,7 @@ class ImageSettings(Section):
     interpolation: Literal["bilinear", "bicubic"] | None = None
     """resampling filter (that of the pretrained model, else bilinear)"""
     channels: Annotated[Literal[1, 3], BeforeValidator(_whole_number)] | None = None
-    """1 grey, 3 colour (1 for a grey dataset and tutorial_cnn, else 3)"""
+    """1 grey, 3 colour (1 for a grey dataset and tutorial_cnn or small_cnn, else 3)"""
     progressive: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """size that training begins with, fraction of the whole, for models of any size (1: whole)"""
 

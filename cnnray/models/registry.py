@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -11,7 +12,11 @@ import torch
 from torch import nn
 
 from cnnray.errors import ModelError
+from cnnray.models.small import SmallCNN
 from cnnray.models.tutorial import TutorialCNN
+
+OWN_MODELS = {"tutorial_cnn": TutorialCNN, "small_cnn": SmallCNN}
+"""cnnray's own, by name. They have no published weights, and take grey images as they are."""
 
 MAX_IMAGE_SIZE = 2048
 """Pixels: layers that flatten an image grow with its square, beyond this to many gigabytes."""
@@ -44,7 +49,7 @@ class PretrainedInput:
 
 def list_models() -> list[str]:
     """List the names that ``build_model`` takes; timm's only when it is installed."""
-    names = ["tutorial_cnn", *_torchvision_models()]
+    names = [*OWN_MODELS, *_torchvision_models()]
     try:
         return names + [f"timm/{name}" for name in _timm().list_models()]
     except ModelError:
@@ -56,7 +61,7 @@ def build_model(
 ) -> nn.Module:
     """Build a freshly initialised classifier of K = ``num_classes``, and try it on one image.
 
-    ``name``: ``tutorial_cnn``, a torchvision classification model (``resnet18`` or
+    ``name``: one of ``OWN_MODELS``, a torchvision classification model (``resnet18`` or
     ``torchvision/resnet18``) or ``timm/<name>``. ``arguments`` go to its constructor.
     forward: normalised float (B, C, H, W) with H = W = ``image_size`` -> logits (B, K).
     Raises ``ModelError`` for unknown names, refused arguments and sizes the model cannot take.
@@ -68,7 +73,7 @@ def build_model(
             f"{name}: no model of {channels} x {image_size} px images and {num_classes} classes",
             hint=f"images have 1 to {MAX_IMAGE_SIZE} px and at least one channel and class",
         )
-    build = {"tutorial": _build_tutorial, "torchvision": _build_torchvision, "timm": _build_timm}
+    build = {"own": _build_own, "torchvision": _build_torchvision, "timm": _build_timm}
     try:
         model = build[family](plain, num_classes, channels, image_size, arguments)
         _check_output(model, shape=(1, channels, image_size, image_size), num_classes=num_classes)
@@ -120,11 +125,11 @@ def default_preprocessing(name: str, *, pretrained: bool) -> PretrainedInput:
 
     torchvision: of its recommended weights; timm: of its default configuration. Without
     ``pretrained`` only the size is theirs, and pixels are scaled to [-1, 1] without cropping.
-    The tutorial's CNN has no published weights: it sees 28 px images in [0, 1], as in Keras.
+    cnnray's own have no published weights: they see 28 px images in [0, 1], as in Keras.
     Raises ``ModelError`` for unknown names.
     """
     family, plain = _resolve(name)
-    if family == "tutorial":
+    if family == "own":
         return PretrainedInput(28, 1.0, "bilinear", mean=(0.0,) * 3, std=(1.0,) * 3)
     published = _torchvision_input(plain) if family == "torchvision" else _timm_input(plain)
     if pretrained:
@@ -134,8 +139,8 @@ def default_preprocessing(name: str, *, pretrained: bool) -> PretrainedInput:
 
 def _resolve(name: str) -> tuple[str, str]:
     """The family of a model and its name there."""
-    if name == "tutorial_cnn":
-        return "tutorial", name
+    if name in OWN_MODELS:
+        return "own", name
     family, _, plain = name.rpartition("/")
     if family in ("", "torchvision") and plain in _torchvision_models():
         return "torchvision", plain
@@ -173,12 +178,14 @@ def _timm() -> Any:
     return timm
 
 
-def _build_tutorial(
+def _build_own(
     name: str, num_classes: int, channels: int, image_size: int, arguments: Mapping[str, Any]
 ) -> nn.Module:
-    if arguments:
-        raise ModelError(f"{name} takes no arguments, got {sorted(arguments)}")
-    return TutorialCNN(num_classes, channels, image_size)
+    model = OWN_MODELS[name]
+    known = set(inspect.signature(model).parameters)
+    if unknown := sorted(set(arguments) - known):
+        raise ModelError(f"{name} does not take the arguments {unknown}")
+    return model(num_classes, channels, image_size, **arguments)
 
 
 def _build_torchvision(

@@ -13,7 +13,7 @@ from cnnray.errors import ModelError, SettingsError
 from cnnray.images.transforms import Preprocessing
 from cnnray.models.bundle import BundleSpec
 from cnnray.models.classifier import Classifier
-from cnnray.models.registry import build_model, default_preprocessing, head_name
+from cnnray.models.registry import OWN_MODELS, build_model, default_preprocessing, head_name
 from cnnray.models.weights import load_weights
 
 
@@ -36,7 +36,7 @@ def plan_preprocessing(
     published = default_preprocessing(name, pretrained=pretrained)
     common = statistics.common_size
     if channels is None:
-        channels = 1 if statistics.channels == 1 and name == "tutorial_cnn" else 3
+        channels = 1 if statistics.channels == 1 and name in OWN_MODELS else 3
     if size is None:
         size = common if not pretrained and common and common <= published.size else published.size
     if resize is None:
