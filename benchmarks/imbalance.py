@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from benchmarks.harness import race, run_benchmark
-from benchmarks.options import select
+from benchmarks.options import select, settle
 from benchmarks.report import Report, describe_machine, publish
-from benchmarks.studies import BALANCED, COLUMNS, intervals, open_study, parse
+from benchmarks.studies import BALANCED, COLUMNS, intervals, open_study, study_parser
 from cnnray.config import ImbalanceSettings
 
 PLAIN = "none"
@@ -33,7 +33,7 @@ def tail(*, most: int, ratio: float, classes: int) -> list[int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, print, and return the exit code."""
-    options = parse(__doc__, argv)
+    options = settle(study_parser(__doc__).parse_args(argv))
     machine = describe_machine()
     counts = tail(most=600 if options.short else 6_000, ratio=100, classes=10)
     epochs = EPOCHS[options.short]

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.harness import race, run_benchmark
-from benchmarks.options import select
+from benchmarks.options import select, settle
 from benchmarks.report import Report, describe_machine, publish
-from benchmarks.studies import ACCURACY, COLUMNS, intervals, open_study, parse
+from benchmarks.studies import ACCURACY, COLUMNS, intervals, open_study, study_parser
 
 PLAIN = "nothing"
 SETTINGS: dict[str, Any] = {
@@ -35,7 +35,7 @@ EPOCHS = {False: 60, True: 2}  # of the full and of the short form
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, print, and return the exit code."""
-    options = parse(__doc__, argv)
+    options = settle(study_parser(__doc__).parse_args(argv))
     machine = describe_machine()
     epochs = EPOCHS[options.short]
     with open_study(options, [120] * 10, {**SETTINGS, "epochs": epochs}) as study:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import Contestant, Figures, Results, SkipBenchmark, note
-from benchmarks.options import make_parser, scratch_folder, settle
+from benchmarks.options import make_parser, scratch_folder
 from benchmarks.peers.fashion_mnist import Labels, Pixels, read_split, write_split
 from benchmarks.report import Column
 from cnnray.cluster.evaluate import evaluate
@@ -93,16 +93,19 @@ class Study:
         }
 
 
-def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
+def study_parser(description: str | None, *, repeats: int = 3) -> argparse.ArgumentParser:
     """The flags of a study; its rounds are its seeds."""
-    parser = make_parser(description)
+    parser = make_parser(description, repeats=repeats)
     parser.add_argument("--data", metavar="FOLDER", default=DEBIAN_FOLDER, help="gzipped IDX files")
-    options = settle(parser.parse_args(argv))
-    if not (Path(options.data) / "train-images-idx3-ubyte.gz").is_file():
-        raise SkipBenchmark(
-            f"no Fashion-MNIST in {options.data}: apt install dataset-fashion-mnist"
-        )
-    return options
+    return parser
+
+
+def fashion_mnist(options: argparse.Namespace) -> Path:
+    """Where Fashion-MNIST is. Raises ``SkipBenchmark`` where it is not."""
+    folder = Path(options.data)
+    if not (folder / "train-images-idx3-ubyte.gz").is_file():
+        raise SkipBenchmark(f"no Fashion-MNIST in {folder}: apt install dataset-fashion-mnist")
+    return folder
 
 
 @contextlib.contextmanager
@@ -110,12 +113,13 @@ def open_study(
     options: argparse.Namespace, counts: Sequence[int], settings: Mapping[str, Any]
 ) -> Iterator[Study]:
     """Fashion-MNIST with so many training images of each class, its whole test split, and a Ray."""
+    source = str(fashion_mnist(options))
     with scratch_folder(options.scratch) as scratch, ray_cluster(ClusterSettings()):
         images = scratch / "idx"
         images.mkdir()
-        pixels, labels = read_split(options.data, "train")
+        pixels, labels = read_split(source, "train")
         write_split(images, "train", *first_of_each(pixels, labels, counts))
-        write_split(images, "t10k", *read_split(options.data, "t10k"))
+        write_split(images, "t10k", *read_split(source, "t10k"))
         note(f"packing {sum(counts):,} images")
         data = scratch / "dataset"
         # A tenth to validate on: of the rarest class there should be some there, too.
