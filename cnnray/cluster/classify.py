@@ -43,10 +43,10 @@ WAVE_ROWS = 1_000_000
 """Images handed to Ray Data at a time, at most about: their names are in the object store."""
 
 
-def classify(settings: ClassifySettings) -> dict[str, Any]:
+def classify(settings: ClassifySettings, bundle: Bundle | None = None) -> dict[str, Any]:
     """Label what is new in the input, each image once, and return the job's result.
 
-    Raises ``ConflictError`` when the output is of another model or an open run has other settings,
+    ``bundle`` is the model's, where it has been loaded already. Raises ``ConflictError`` when the output is of another model or an open run has other settings,
     ``DataError`` when there are no images, ``SettingsError`` when the engine's labels are not those
     of eager, ``IncompleteError`` when work is left (on SIGTERM, too), ``TooManyBadImagesError``
     (all rows are there) beyond the budget.
@@ -58,7 +58,7 @@ def classify(settings: ClassifySettings) -> dict[str, Any]:
         model = open_store(settings.model)
         if settings.delta:
             check_delta(output)
-        bundle = load_bundle(model)  # a wrong bundle is found before anything is started
+        bundle = bundle or load_bundle(model)  # a wrong bundle is found before anything is started
         source = open_source(
             settings.input, format=settings.format, labelled=False, **settings.columns.options()
         )
