@@ -46,7 +46,9 @@ WAVE_ROWS = 1_000_000
 def classify(settings: ClassifySettings, bundle: Bundle | None = None) -> dict[str, Any]:
     """Label what is new in the input, each image once, and return the job's result.
 
-    ``bundle`` is the model's, where it has been loaded already. Raises ``ConflictError`` when the output is of another model or an open run has other settings,
+    ``bundle`` is the model's, where it has been loaded already.
+
+    Raises ``ConflictError`` when the output is of another model or an open run has other settings,
     ``DataError`` when there are no images, ``SettingsError`` when the engine's labels are not those
     of eager, ``IncompleteError`` when work is left (on SIGTERM, too), ``TooManyBadImagesError``
     (all rows are there) beyond the budget.
