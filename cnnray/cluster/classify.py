@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cnnray.cluster.actors import map_tables
 from cnnray.cluster.dry_run import dry_run
 from cnnray.cluster.engine_check import CheckedEngine, check_engine, with_engine
 from cnnray.cluster.estimate import measure_run, predict_run
 from cnnray.cluster.label_workers import LabelJob, engine_choice
+from cnnray.cluster.pools import map_tables
 from cnnray.cluster.runtime import ray_cluster, stop_on_sigterm
 from cnnray.config import ClassifySettings
 from cnnray.console import ProgressLine, format_seconds
@@ -39,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 MAX_PASSES = 3
 """Times that a run's missing parts are gone through: another driver may die with some of them."""
-WAVE_ROWS = 1_000_000
-"""Images handed to Ray Data at a time, at most about: their names are in the object store."""
 
 
 def classify(settings: ClassifySettings, bundle: Bundle | None = None) -> dict[str, Any]:
@@ -192,28 +190,21 @@ def _label(job: LabelJob, missing: Sequence[int]) -> dict[int, PublishedPart]:
         seconds=settings.cluster.progress_seconds,
     ) as progress:
         try:
-            for wave in _waves(run, missing):
-                for rows in map_tables(
-                    _chunks(run, wave, assembler, chunk_rows=settings.chunk_rows),
-                    job.stages,
-                    stall_seconds=settings.cluster.stall_seconds,
-                ):
-                    errors += pc.sum(pc.equal(rows["status"], "error")).as_py() or 0
-                    for part, whole in assembler.add(rows):
-                        result = publish_part(run, part, whole)
-                        published |= {part: result} if result else {}
-                        parts += 1
-                    note = f"{errors:,} errors, {parts} / {run.plan.num_parts} parts"
-                    progress.update(done + assembler.taken, note)
+            for rows in map_tables(
+                _chunks(run, missing, assembler, chunk_rows=settings.chunk_rows),
+                job.stages,
+                stall_seconds=settings.cluster.stall_seconds,
+            ):
+                errors += pc.sum(pc.equal(rows["status"], "error")).as_py() or 0
+                for part, whole in assembler.add(rows):
+                    result = publish_part(run, part, whole)
+                    published |= {part: result} if result else {}
+                    parts += 1
+                note = f"{errors:,} errors, {parts} / {run.plan.num_parts} parts"
+                progress.update(done + assembler.taken, note)
         finally:
             assembler.close()
     return published
-
-
-def _waves(run: Run, parts: Sequence[int]) -> Iterator[Sequence[int]]:
-    size = max(1, WAVE_ROWS // run.plan.part_rows)
-    for start in range(0, len(parts), size):
-        yield parts[start : start + size]
 
 
 def _chunks(
