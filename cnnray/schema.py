@@ -4,6 +4,8 @@ import pyarrow as pa
 
 DATASET_VERSION = 1
 BUNDLE_VERSION = 1
+BUNDLE_KEY = "model.json"
+"""The document of a bundle: a folder without it is none."""
 LABELS_VERSION = 1
 PLAN_VERSION = 1
 

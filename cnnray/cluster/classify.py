@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cnnray.cluster.actors import map_tables
 from cnnray.cluster.dry_run import dry_run
 from cnnray.cluster.engine_check import CheckedEngine, check_engine, with_engine
 from cnnray.cluster.estimate import measure_run, predict_run
 from cnnray.cluster.label_workers import LabelJob, engine_choice
+from cnnray.cluster.pools import map_tables
 from cnnray.cluster.runtime import ray_cluster, stop_on_sigterm
 from cnnray.config import ClassifySettings
 from cnnray.console import ProgressLine, format_seconds
@@ -39,12 +39,12 @@ logger = logging.getLogger(__name__)
 
 MAX_PASSES = 3
 """Times that a run's missing parts are gone through: another driver may die with some of them."""
-WAVE_ROWS = 1_000_000
-"""Images handed to Ray Data at a time, at most about: their names are in the object store."""
 
 
-def classify(settings: ClassifySettings) -> dict[str, Any]:
+def classify(settings: ClassifySettings, bundle: Bundle | None = None) -> dict[str, Any]:
     """Label what is new in the input, each image once, and return the job's result.
+
+    ``bundle`` is the model's, where it has been loaded already.
 
     Raises ``ConflictError`` when the output is of another model or an open run has other settings,
     ``DataError`` when there are no images, ``SettingsError`` when the engine's labels are not those
@@ -58,7 +58,7 @@ def classify(settings: ClassifySettings) -> dict[str, Any]:
         model = open_store(settings.model)
         if settings.delta:
             check_delta(output)
-        bundle = load_bundle(model)  # a wrong bundle is found before anything is started
+        bundle = bundle or load_bundle(model)  # a wrong bundle is found before anything is started
         source = open_source(
             settings.input, format=settings.format, labelled=False, **settings.columns.options()
         )
@@ -190,28 +190,21 @@ def _label(job: LabelJob, missing: Sequence[int]) -> dict[int, PublishedPart]:
         seconds=settings.cluster.progress_seconds,
     ) as progress:
         try:
-            for wave in _waves(run, missing):
-                for rows in map_tables(
-                    _chunks(run, wave, assembler, chunk_rows=settings.chunk_rows),
-                    job.stages,
-                    stall_seconds=settings.cluster.stall_seconds,
-                ):
-                    errors += pc.sum(pc.equal(rows["status"], "error")).as_py() or 0
-                    for part, whole in assembler.add(rows):
-                        result = publish_part(run, part, whole)
-                        published |= {part: result} if result else {}
-                        parts += 1
-                    note = f"{errors:,} errors, {parts} / {run.plan.num_parts} parts"
-                    progress.update(done + assembler.taken, note)
+            for rows in map_tables(
+                _chunks(run, missing, assembler, chunk_rows=settings.chunk_rows),
+                job.stages,
+                stall_seconds=settings.cluster.stall_seconds,
+            ):
+                errors += pc.sum(pc.equal(rows["status"], "error")).as_py() or 0
+                for part, whole in assembler.add(rows):
+                    result = publish_part(run, part, whole)
+                    published |= {part: result} if result else {}
+                    parts += 1
+                note = f"{errors:,} errors, {parts} / {run.plan.num_parts} parts"
+                progress.update(done + assembler.taken, note)
         finally:
             assembler.close()
     return published
-
-
-def _waves(run: Run, parts: Sequence[int]) -> Iterator[Sequence[int]]:
-    size = max(1, WAVE_ROWS // run.plan.part_rows)
-    for start in range(0, len(parts), size):
-        yield parts[start : start + size]
 
 
 def _chunks(

@@ -14,7 +14,8 @@ import ray
 import torch
 
 from cnnray import __version__
-from cnnray.cluster.actors import inference_stage, map_tables, set_up_actor
+from cnnray.cluster.actors import inference_stage, set_up_actor
+from cnnray.cluster.pools import map_tables
 from cnnray.cluster.runtime import ray_cluster
 from cnnray.config import EvaluateSettings
 from cnnray.console import ProgressLine

@@ -23,11 +23,11 @@ from cnnray.images.transforms import Preprocessing
 from cnnray.models.classifier import Classifier
 from cnnray.models.registry import build_model, check_arguments, head_name
 from cnnray.models.weights import check_finite, check_tensors, read_tensors
-from cnnray.schema import BUNDLE_VERSION
+from cnnray.schema import BUNDLE_KEY, BUNDLE_VERSION
 from cnnray.storage import Store, encode_json, read_json, sha256
 
 WEIGHTS_KEY = "model.safetensors"
-DOCUMENT_KEY = "model.json"
+DOCUMENT_KEY = BUNDLE_KEY
 
 T = TypeVar("T")
 
