@@ -40,7 +40,7 @@ class Board:
 
 def start_board() -> Any:
     """An actor that holds a board; it takes no CPU."""
-    return ray.remote(num_cpus=0)(Board).remote()
+    return ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")(Board).remote()
 
 
 class BoardHandler(logging.Handler):

@@ -88,12 +88,16 @@ def map_in_order(
 
 
 def _task(function: Callable[[Item], Any], **options: Any) -> Any:
-    """The function as a task of one CPU; Ray takes no bound methods, so it is wrapped."""
+    """The function as a task of one CPU; Ray takes no bound methods, so it is wrapped.
+
+    It runs anywhere, also when it comes from a trial of Ray Tune, whose reservation has no CPU.
+    """
 
     def call(item: Item) -> Any:
         return function(item)
 
-    return ray.remote(max_retries=MAX_RETRIES, num_cpus=1, **options)(call)
+    options |= {"max_retries": MAX_RETRIES, "num_cpus": 1, "scheduling_strategy": "DEFAULT"}
+    return ray.remote(**options)(call)
 
 
 def _result(reference: Any, *, seconds: float | None = None) -> Any:
