@@ -23,7 +23,7 @@ from cnnray.cluster.board import BoardReader, start_board
 from cnnray.cluster.runtime import WorkerResources, find_cause, last_line, plan_workers, ray_cluster
 from cnnray.cluster.train_data import make_readers
 from cnnray.cluster.train_display import TrainingDisplay
-from cnnray.cluster.train_worker import TrainJob, plan_resizing, train_worker
+from cnnray.cluster.train_worker import TrainJob, make_optimizer, plan_resizing, train_worker
 from cnnray.config import TrainSettings
 from cnnray.datasets.manifest import Manifest, get_split, read_manifest
 from cnnray.errors import (
@@ -41,6 +41,7 @@ from cnnray.training.checkpoints import (
     load_checkpoint,
     load_latest,
 )
+from cnnray.training.distillation import TeacherBundle, find_teacher
 from cnnray.training.loop import EpochResult
 from cnnray.training.network import Network, plan_preprocessing
 from cnnray.training.resizing import require_size
@@ -79,7 +80,8 @@ def train(
     manifest = read_manifest(data)
     network = _plan_network(settings, manifest)
     _try_network(network, settings)
-    _claim_output(settings, output=output, run=run, manifest=manifest)
+    teacher = _find_teacher(settings, network)
+    _claim_output(settings, output=output, run=run, manifest=manifest, teacher=teacher)
     with ray_cluster(settings.cluster):
         resources = plan_workers(settings.scaling)
         _warn_of_local_paths(settings)
@@ -93,6 +95,7 @@ def train(
             order_log=None if settings.order_log is None else open_store(settings.order_log),
             threads=resources.threads,
             board=start_board(),
+            teacher=teacher,
         )
         logger.info(
             "training %s on %s images of %d classes, %d px, %d workers of %g CPUs and %d threads",
@@ -147,11 +150,18 @@ def _plan_network(settings: TrainSettings, manifest: Manifest) -> Network:
 
 
 def _try_network(network: Network, settings: TrainSettings) -> None:
-    """Find a wrong name, size or weights file before anything is started."""
+    """Find a wrong name, size, weights file or optimizer before anything is started."""
     classifier = network.build()
+    make_optimizer(settings, classifier)
     if settings.image.progressive < 1:
         size = plan_resizing(settings, network, steps_per_epoch=1).size_in(0)
         require_size(classifier, channels=network.preprocessing.channels, size=size)
+
+
+def _find_teacher(settings: TrainSettings, network: Network) -> TeacherBundle | None:
+    if settings.distill.teacher is None:
+        return None
+    return find_teacher(settings.distill.teacher, classes=network.classes)
 
 
 def _absolute(path: str | None) -> str | None:
@@ -163,9 +173,18 @@ def _absolute(path: str | None) -> str | None:
 
 
 def _claim_output(
-    settings: TrainSettings, *, output: Store, run: Store, manifest: Manifest
+    settings: TrainSettings,
+    *,
+    output: Store,
+    run: Store,
+    manifest: Manifest,
+    teacher: TeacherBundle | None,
 ) -> None:
     """Make sure that what is at output is this run, or nothing."""
+    if teacher is not None and teacher.store.uri == output.uri:
+        raise SettingsError(
+            f"the teacher is at --output: {output.uri}", hint="choose another --output"
+        )
     if settings.overwrite:
         for key in (DOCUMENT_KEY, WEIGHTS_KEY):
             output.delete(key)
@@ -178,6 +197,8 @@ def _claim_output(
         )
     identity = settings.model_dump(mode="json", exclude=RESUMABLE)
     identity["dataset_sha256"] = sha256(manifest.to_bytes())
+    if teacher is not None:
+        identity["distill"]["teacher"] = teacher.digest  # which one it is, not where
     if run.head(SETTINGS_KEY) is None:
         run.create(SETTINGS_KEY, encode_json(identity))
         return
@@ -294,6 +315,7 @@ def _provenance(
     return {
         "settings": job.settings.model_dump(mode="json", exclude={"cluster"}),
         "dataset": dataset,
+        "teacher": None if job.teacher is None else job.teacher.describe(),
         "history": list(history),
         "diagnosis": [finding.to_dict() for finding in findings],
         "versions": {"cnnray": __version__, "torch": torch.__version__, "ray": ray.__version__},

@@ -11,6 +11,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
+from torch import nn, optim
 
 from cnnray.cluster.board import BoardHandler
 from cnnray.cluster.ingest import SplitReader
@@ -29,6 +30,7 @@ from cnnray.training.checkpoints import (
     load_latest,
     model_tensors,
 )
+from cnnray.training.distillation import Distillation, TeacherBundle
 from cnnray.training.finite import Reduce
 from cnnray.training.freezing import FrozenEpochs
 from cnnray.training.imbalance import balance_loss
@@ -65,6 +67,7 @@ class TrainJob:
     order_log: Store | None
     threads: int
     board: Any
+    teacher: TeacherBundle | None = None
 
 
 def train_worker(config: Mapping[str, Any]) -> None:
@@ -168,9 +171,7 @@ def _build_trainer(job: TrainJob, checkpoint: Checkpoint | None) -> Trainer:
     if average is not None and checkpoint is not None:
         restore_average(average, checkpoint.model, step=checkpoint.step)
     model = ray.train.torch.prepare_model(classifier)
-    optimizer = build_optimizer(
-        model, **settings.optimizer.model_dump(exclude={"clip_norm", "lr_reference_batch"})
-    )
+    optimizer = make_optimizer(settings, model)
     if checkpoint is not None:
         restore_optimizer(optimizer, checkpoint.optimizer)
     order = _order(job, epoch=0)
@@ -199,7 +200,14 @@ def _build_trainer(job: TrainJob, checkpoint: Checkpoint | None) -> Trainer:
         else None,
         average=average,
         transform=_build_transform(job, steps_per_epoch=order.num_steps),
+        distillation=_build_distillation(job, device),
     )
+
+
+def make_optimizer(settings: TrainSettings, model: nn.Module) -> optim.Optimizer:
+    """The optimizer that is asked for. Raises ``SettingsError`` when it cannot train the model."""
+    options = settings.optimizer.model_dump(exclude={"clip_norm", "lr_reference_batch"})
+    return build_optimizer(model, **options)
 
 
 def _build_transform(job: TrainJob, *, steps_per_epoch: int) -> BatchTransform | None:
@@ -236,6 +244,13 @@ def _build_loss(job: TrainJob, device: torch.device, *, label_smoothing: float) 
         class_counts=job.train.split.class_counts,
         device=device,
     )
+
+
+def _build_distillation(job: TrainJob, device: torch.device) -> Distillation | None:
+    if job.teacher is None:
+        return None
+    options = job.settings.distill.model_dump(exclude={"teacher"})
+    return Distillation(job.teacher.load(device), **options)
 
 
 def _order(job: TrainJob, *, epoch: int) -> EpochOrder:

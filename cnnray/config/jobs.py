@@ -13,6 +13,7 @@ from cnnray.config.sections import (
     CheckpointSettings,
     ClusterSettings,
     ColumnSettings,
+    DistillSettings,
     EarlyStoppingSettings,
     EmaSettings,
     EngineSettings,
@@ -108,6 +109,7 @@ class TrainSettings(JobSettings):
     schedule: ScheduleSettings = ScheduleSettings()
     loss: LossSettings = LossSettings()
     imbalance: ImbalanceSettings = ImbalanceSettings()
+    distill: DistillSettings = DistillSettings()
     ema: EmaSettings = EmaSettings()
     early_stopping: EarlyStoppingSettings = EarlyStoppingSettings()
     scaling: ScalingSettings = ScalingSettings()

@@ -228,8 +228,8 @@ class IngestSettings(Section):
 class OptimizerSettings(Section):
     """The optimizer."""
 
-    name: Literal["adam", "adamw", "sgd", "lamb"] = "adam"
-    """adam, adamw, sgd (with Nesterov momentum) or lamb (needs the timm extra)"""
+    name: Literal["adam", "adamw", "sgd", "lamb", "muon"] = "adam"
+    """adam, adamw, sgd (with Nesterov momentum), lamb (timm extra) or muon (for transformers)"""
     lr: PositiveFloat = 0.001
     """peak learning rate, for the global batch (or for lr_reference_batch)"""
     lr_reference_batch: PositiveInt | None = None
@@ -237,7 +237,7 @@ class OptimizerSettings(Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """decay of weights (not of biases and normalisation layers)"""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    """momentum of sgd"""
+    """momentum of sgd and muon"""
     clip_norm: PositiveFloat | None = None
     """largest norm of the gradient of all parameters together (not clipped)"""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -292,6 +292,17 @@ class ImbalanceSettings(Section):
     """of effective_number: 0 weighs all alike, towards 1 it becomes class_weights"""
     tau: Annotated[float, Field(ge=0.0)] = 1.0
     """of logit_adjustment: how much of the log prior is added"""
+
+
+class DistillSettings(Section):
+    """Learning from another model's outputs, too; off without a teacher."""
+
+    teacher: str | None = None
+    """bundle of the same classes, local or s3:// (none)"""
+    alpha: Fraction = 0.5
+    """part of the loss that is the teacher's; the rest is the labels'"""
+    temperature: PositiveFloat = 2.0
+    """softens the outputs of both, so that what a teacher finds unlikely counts more (1: not)"""
 
 
 class EmaSettings(Section):

@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from cnnray.datasets.order import Batch
 from cnnray.errors import NonFiniteLossError
+from cnnray.training.distillation import Distillation
 from cnnray.training.finite import HINT, LossWatch, Ranks, Reduce
 from cnnray.training.freezing import FrozenEpochs
 from cnnray.training.losses import Loss
@@ -70,6 +71,7 @@ class Trainer:
     freeze: FrozenEpochs | None = None
     average: AveragedModel | None = None  # of the model's weights
     transform: BatchTransform | None = None  # of what is trained on, on the device
+    distillation: Distillation | None = None  # what is minimised instead of the loss alone
 
     @property
     def trained(self) -> nn.Module:
@@ -278,9 +280,12 @@ def _add_gradients(trainer: Trainer, batch: Batch, *, divisor: float) -> tuple[T
         with alone() if number < passes else nullcontext():
             logits = trainer.model(image)  # (B, K)
             losses = trainer.loss(logits, label)  # (B,)
-            (losses.sum() / divisor).backward()  # type: ignore[no-untyped-call]
-        seen.append(losses.detach())
-        sums += _count(logits.detach(), seen[-1], label)
+            minimised = losses  # what is counted stays comparable to validation
+            if trainer.distillation is not None:
+                minimised = trainer.distillation(losses, logits, image)
+            (minimised.sum() / divisor).backward()  # type: ignore[no-untyped-call]
+        seen.append(minimised.detach())
+        sums += _count(logits.detach(), losses.detach(), label)
     return sums, torch.cat(seen)
 
 

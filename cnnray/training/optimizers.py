@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor, nn, optim
 
 from cnnray.errors import SettingsError
 from cnnray.training.layers import layer_scales
+
+Group = dict[str, Any]
+"""Parameters and how they are moved, as torch's optimizers know them."""
 
 
 def build_optimizer(
@@ -21,22 +24,27 @@ def build_optimizer(
     momentum: float = 0.9,
     layer_decay: float = 1.0,
 ) -> optim.Optimizer:
-    """Adam, AdamW or SGD with Nesterov momentum, fused, or timm's LAMB (You et al. 2020).
+    """Adam, AdamW, SGD with Nesterov momentum (all fused), timm's LAMB (You et al. 2020) or Muon.
 
     They move the parameters that are trained. Biases and normalisation parameters (all that have
     one dimension) are not decayed, as in Goyal et al. 2017 and He et al. 2019. Each group's
     ``lr_scale`` is its part of the learning rate, ``layer_decay`` to the power of the layers up to
-    the last (``layers.layer_scales``).
+    the last (``layers.layer_scales``). Raises ``SettingsError`` for LAMB without timm, and for Muon
+    where there is no hidden matrix to train.
     """
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
     scales = layer_scales(model, decay=layer_decay)
-    members: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for key, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            members.setdefault((parameter.ndim <= 1, scales[key]), []).append(parameter)
-    groups = [
-        {"params": params, "weight_decay": 0.0 if is_flat else weight_decay, "lr_scale": scale}
-        for (is_flat, scale), params in sorted(members.items(), key=lambda item: item[0])
-    ]
+    if name == "muon":
+        hidden = {key: trained.pop(key) for key in hidden_matrices(model) if key in trained}
+        if not hidden:
+            raise SettingsError(
+                "--optimizer.name muon: this model has no hidden linear layer to train",
+                hint="muon is for transformers such as vit_b_16; choose sgd or adamw",
+            )
+        matrices = _groups(hidden, scales, weight_decay=weight_decay)
+        rest = _groups(trained, scales, weight_decay=weight_decay)
+        return MuonAndAdamW(matrices, rest, lr=lr, momentum=momentum)
+    groups = _groups(trained, scales, weight_decay=weight_decay)
     if name == "adam":
         return optim.Adam(groups, lr=lr, fused=True)
     if name == "adamw":
@@ -46,6 +54,69 @@ def build_optimizer(
     if name == "lamb":
         return _lamb()(groups, lr=lr, max_grad_norm=None)  # clipping is a setting of its own
     raise ValueError(f"unknown optimizer {name}")
+
+
+def _groups(
+    parameters: Mapping[str, nn.Parameter], scales: Mapping[str, float], *, weight_decay: float
+) -> list[Group]:
+    """Parameters that are decayed alike and learn at the same part of the rate, together."""
+    members: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for key, parameter in parameters.items():
+        members.setdefault((parameter.ndim <= 1, scales[key]), []).append(parameter)
+    return [
+        {"params": params, "weight_decay": 0.0 if is_flat else weight_decay, "lr_scale": scale}
+        for (is_flat, scale), params in sorted(members.items(), key=lambda item: item[0])
+    ]
+
+
+def hidden_matrices(model: nn.Module) -> list[str]:
+    """Names of the weights of linear layers and of attention, but for the last: that is the head.
+
+    Not of tables, from which rows are taken: embeddings, biases by relative position.
+    """
+    names = [
+        name
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.MultiheadAttention)
+        for name, parameter in module.named_parameters(prefix=path, recurse=False)
+        if parameter.ndim == 2
+    ]
+    return names[:-1]
+
+
+class MuonAndAdamW(optim.Optimizer):
+    """torch's Muon for hidden matrices and AdamW for the rest, as one optimizer.
+
+    Muon moves a matrix by the nearest orthogonal one to its gradient's momentum, so that all its
+    directions learn (Jordan et al. 2024, kellerjordan.github.io/posts/muon). Its steps are scaled
+    to the size of AdamW's, so one learning rate and one decay serve both (Liu et al. 2025,
+    arXiv:2502.16982). Convolutions go to AdamW: torch's Muon takes matrices alone.
+    """
+
+    def __init__(
+        self, matrices: list[Group], rest: list[Group], *, lr: float, momentum: float
+    ) -> None:
+        self.muon: optim.Optimizer = optim.Muon(
+            matrices, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw"
+        )
+        self.adamw: optim.Optimizer = optim.AdamW(rest, lr=lr, fused=True)
+        super().__init__([*matrices, *rest], defaults={})
+        self._share()
+
+    def _share(self) -> None:
+        """Have both work on this optimizer's groups and state."""
+        count = len(self.muon.param_groups)
+        self.muon.param_groups = self.param_groups[:count]
+        self.adamw.param_groups = self.param_groups[count:]
+        self.muon.state = self.adamw.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()  # groups and state are new objects
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        self.muon.step()
+        self.adamw.step()
 
 
 def _lamb() -> Callable[..., optim.Optimizer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -246,6 +247,8 @@ def test_mistakes_are_found_before_a_worker_is_started(run_training, trained, tm
         ({"model": {"name": "resnet81"}}, ModelError),
         ({"model": {"name": "tutorial_cnn", "weights": str(tmp_path / "none")}}, UsageError),
         ({"image": {"progressive": 0.5}}, SettingsError),  # tutorial_cnn takes one size only
+        ({"model": {"name": "resnet18"}, "optimizer": {"name": "muon"}}, SettingsError),
+        ({"distill": {"teacher": str(tmp_path / "empty")}}, ModelError),
     ):
         with pytest.raises(error):
             run_training(output=str(tmp_path / "model"), **changes)
@@ -280,3 +283,43 @@ def test_weights_at_a_relative_path_are_fine_tuned_with_a_frozen_backbone(
     names = [name for name in before if name.startswith("backbone.")]
     moved = {name for name in names if not before[name].equal(after[name])}
     assert moved == {"backbone.head.weight", "backbone.head.bias"}
+
+
+def test_two_workers_learn_from_a_teacher_of_another_size_and_from_no_other_after(
+    run_training, trained, tmp_path
+):
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    for name in ("model.json", "model.safetensors"):
+        shutil.copy(trained.folder / name, teacher)
+    settings = {
+        "output": str(tmp_path / "model"),
+        "image": {"size": 8},
+        "mix": {"mixup_alpha": 0.2},
+        "accumulate_steps": 2,
+        "distill": {"teacher": str(teacher), "alpha": 0.9},
+        "scaling": {"num_workers": 2, "cpus_per_worker": 0.5},
+    }
+    run = run_training(**settings)
+    assert run.result["val_accuracy"] > 0.9
+    bundle = load_bundle(open_store(str(run.folder)))
+    assert bundle.spec.preprocessing.size == 8
+    assert bundle.spec.provenance["teacher"] == {
+        "uri": str(teacher),
+        "model": trained.result["model"],
+    }
+    for name in ("model.json", "model.safetensors"):  # stopped before the bundle was written
+        (run.folder / name).unlink()
+    document = json.loads((teacher / "model.json").read_text())
+    (teacher / "model.json").write_text(json.dumps(document | {"temperature": 2.0}))
+    with pytest.raises(ConflictError, match="other settings: distill\n"):
+        run_training(**settings)
+
+
+@pytest.mark.timeout(60)
+def test_a_teacher_is_not_overwritten_by_its_student(run_training, trained, tmp_path):
+    shutil.copytree(trained.folder, tmp_path / "model")
+    teacher = str(tmp_path / "model")
+    with pytest.raises(SettingsError, match="the teacher is at --output"):
+        run_training(output=teacher, overwrite=True, distill={"teacher": f"{teacher}/"})
+    load_bundle(open_store(teacher))

@@ -67,7 +67,7 @@ def test_it_learns_to_tell_dark_from_light(
     assert all(0 <= result.data_wait_fraction <= 1 for result in results)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd", "lamb"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "lamb", "muon"])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     make_trainer: MakeTrainer, make_batch: MakeBatch, tmp_path: Path, optimizer: str
 ) -> None:
