@@ -13,6 +13,7 @@ from cnnray.config.sections import (
     CheckpointSettings,
     ClusterSettings,
     ColumnSettings,
+    ComputeSettings,
     EarlyStoppingSettings,
     EmaSettings,
     EngineSettings,
@@ -104,6 +105,7 @@ class TrainSettings(JobSettings):
     augment: AugmentSettings = AugmentSettings()
     mix: MixSettings = MixSettings()
     ingest: IngestSettings = IngestSettings()
+    compute: ComputeSettings = ComputeSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     loss: LossSettings = LossSettings()
