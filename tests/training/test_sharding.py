@@ -1,4 +1,4 @@
-"""Shards of a model on two processes: the losses of DDP, and checkpoints for any number of ranks."""
+"""Shards of a model on two processes: the losses of DDP, and checkpoints for any ranks."""
 
 from __future__ import annotations
 
