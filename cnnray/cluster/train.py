@@ -41,6 +41,7 @@ from cnnray.training.checkpoints import (
     load_checkpoint,
     load_latest,
 )
+from cnnray.training.compute import require_computable
 from cnnray.training.distillation import TeacherBundle, find_teacher
 from cnnray.training.loop import EpochResult
 from cnnray.training.network import Network, plan_preprocessing
@@ -76,6 +77,13 @@ def train(
     ``ConflictError`` when the run exists with other settings, ``NonFiniteLossError``.
     """
     started = time.perf_counter()
+    require_computable(
+        **settings.compute.model_dump(),
+        num_workers=settings.scaling.num_workers,
+        use_gpu=settings.scaling.use_gpu,
+        accumulate_steps=settings.accumulate_steps,
+        has_average=settings.ema.decay > 0,
+    )
     data, output, run = open_store(settings.data), open_store(settings.output), run_folder(settings)
     manifest = read_manifest(data)
     network = _plan_network(settings, manifest)
@@ -195,14 +203,15 @@ def _claim_output(
             f"{output.uri} holds a bundle already",
             hint="choose another --output, or --overwrite",
         )
-    identity = settings.model_dump(mode="json", exclude=RESUMABLE)
+    identity = _identity(settings)
     identity["dataset_sha256"] = sha256(manifest.to_bytes())
     if teacher is not None:
         identity["distill"]["teacher"] = teacher.digest  # which one it is, not where
     if run.head(SETTINGS_KEY) is None:
         run.create(SETTINGS_KEY, encode_json(identity))
         return
-    found = read_json(run, SETTINGS_KEY)
+    defaults = _identity(TrainSettings(data=settings.data, output=settings.output))
+    found = _with_defaults(read_json(run, SETTINGS_KEY), defaults)
     changed = sorted(name for name in identity if found.get(name) != identity[name])
     if changed:
         raise ConflictError(
@@ -210,6 +219,23 @@ def _claim_output(
             f" {', '.join(changed)}",
             hint="choose another --run_name, or --overwrite to start anew",
         )
+
+
+def _identity(settings: TrainSettings) -> dict[str, Any]:
+    """What must stay between a run and its continuation."""
+    return settings.model_dump(
+        mode="json", exclude=dict.fromkeys(RESUMABLE, True) | {"compute": {"strategy"}}
+    )
+
+
+def _with_defaults(found: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """``found``, and the defaults of settings that there were not yet when it was written."""
+    sections = {
+        name: _with_defaults(found.get(name, {}), default)
+        for name, default in defaults.items()
+        if isinstance(default, dict)
+    }
+    return defaults | found | sections
 
 
 def _warn_of_local_paths(settings: TrainSettings) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import ray.train
 import ray.train.torch
@@ -20,6 +20,7 @@ from cnnray.config import TrainSettings
 from cnnray.datasets.order import EpochOrder, assemble, lanes_of, plan_epoch
 from cnnray.datasets.sampling import spread_copies
 from cnnray.errors import CnnrayError, NonFiniteLossError, StorageError
+from cnnray.models.classifier import Classifier
 from cnnray.process import keep_freed_memory
 from cnnray.storage import Store
 from cnnray.training.averaging import build_average, restore_average
@@ -29,6 +30,11 @@ from cnnray.training.checkpoints import (
     load_at,
     load_latest,
     model_tensors,
+)
+from cnnray.training.compute import (
+    choose_precision,
+    compile_in_place,
+    synchronize_batch_norms,
 )
 from cnnray.training.distillation import Distillation, TeacherBundle
 from cnnray.training.finite import Reduce
@@ -52,6 +58,7 @@ from cnnray.training.places import Interval, Place
 from cnnray.training.prefetch import prefetch
 from cnnray.training.resizing import Resizing
 from cnnray.training.schedules import learning_rate_factor, peak_learning_rate
+from cnnray.training.sharding import is_sharded, shard, whole
 from cnnray.training.stopping import has_stalled
 
 
@@ -129,8 +136,7 @@ def _train(job: TrainJob, *, rank: int, num_workers: int) -> None:
             elif log is not None:
                 log.flush()
                 reduce(torch.zeros(1, device=trainer.device)).item()  # until all ranks have
-            if rank == 0:
-                writer.save(_state(trainer, history, place))
+            _save(trainer, history, place, writer=writer, rank=rank)
             clock.restart()
             if isinstance(reached, EpochResult):
                 if rank == 0:
@@ -166,14 +172,18 @@ def _build_trainer(job: TrainJob, checkpoint: Checkpoint | None) -> Trainer:
     classifier = job.network.build(with_weights=checkpoint is None)
     if checkpoint is not None:
         classifier.load_state_dict(checkpoint.trained or checkpoint.model)
+    if settings.compute.sync_batch_norm and settings.scaling.num_workers > 1:
+        classifier = cast(Classifier, synchronize_batch_norms(classifier))
     classifier = classifier.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = build_average(classifier, decay=settings.ema.decay) if settings.ema.decay else None
     if average is not None and checkpoint is not None:
         restore_average(average, checkpoint.model, step=checkpoint.step)
-    model = ray.train.torch.prepare_model(classifier)
+    model = _prepare(classifier, settings, device)
     optimizer = make_optimizer(settings, model)
+    precision = choose_precision(settings.compute.precision, device)
     if checkpoint is not None:
         restore_optimizer(optimizer, checkpoint.optimizer)
+        precision.scaler.load_state_dict(checkpoint.scaler)
     order = _order(job, epoch=0)
 
     schedule = settings.schedule.model_dump(exclude={"warmup_epochs"}) | {
@@ -192,6 +202,7 @@ def _build_trainer(job: TrainJob, checkpoint: Checkpoint | None) -> Trainer:
         eval_loss=_build_loss(job, device, label_smoothing=0.0),
         learning_rate=lambda step: peak * learning_rate_factor(step, **schedule),
         device=device,
+        precision=precision,
         step=checkpoint.step if checkpoint else 0,
         accumulate_steps=settings.accumulate_steps,
         clip_norm=settings.optimizer.clip_norm,
@@ -208,6 +219,17 @@ def make_optimizer(settings: TrainSettings, model: nn.Module) -> optim.Optimizer
     """The optimizer that is asked for. Raises ``SettingsError`` when it cannot train the model."""
     options = settings.optimizer.model_dump(exclude={"clip_norm", "lr_reference_batch"})
     return build_optimizer(model, **options)
+
+
+def _prepare(classifier: Classifier, settings: TrainSettings, device: torch.device) -> nn.Module:
+    """The classifier as this rank trains it: compiled, and tied to the other ranks'."""
+    if settings.compute.compile:
+        compile_in_place(classifier)
+    num_workers = settings.scaling.num_workers
+    if settings.compute.strategy == "fsdp" and num_workers > 1:
+        return shard(classifier, device=device, num_workers=num_workers)
+    model: nn.Module = ray.train.torch.prepare_model(classifier)
+    return model
 
 
 def _build_transform(job: TrainJob, *, steps_per_epoch: int) -> BatchTransform | None:
@@ -297,15 +319,31 @@ def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def _save(
+    trainer: Trainer,
+    history: list[dict[str, Any]],
+    place: Place | None,
+    *,
+    writer: CheckpointWriter,
+    rank: int,
+) -> None:
+    """Rank 0 writes a checkpoint; where the model is sharded, all ranks give their parts of it."""
+    if rank == 0 or is_sharded(trainer.model):
+        state = _state(trainer, history, place)
+        if rank == 0:
+            writer.save(state)
+
+
 def _state(trainer: Trainer, history: list[dict[str, Any]], place: Place | None) -> Checkpoint:
     """What a checkpoint holds, sharing its memory with the training."""
     return Checkpoint(
         model=model_tensors(trainer.served),
-        optimizer=trainer.optimizer.state_dict(),
+        optimizer=whole(trainer.optimizer.state_dict()),
         step=trainer.step,
         history=tuple(history),
         trained={} if trainer.average is None else model_tensors(trainer.trained),
         place=place,
+        scaler=trainer.precision.scaler.state_dict(),
     )
 
 

@@ -13,6 +13,7 @@ from cnnray.config.sections import (
     CheckpointSettings,
     ClusterSettings,
     ColumnSettings,
+    ComputeSettings,
     DistillSettings,
     EarlyStoppingSettings,
     EmaSettings,
@@ -105,6 +106,7 @@ class TrainSettings(JobSettings):
     augment: AugmentSettings = AugmentSettings()
     mix: MixSettings = MixSettings()
     ingest: IngestSettings = IngestSettings()
+    compute: ComputeSettings = ComputeSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     loss: LossSettings = LossSettings()

@@ -244,6 +244,19 @@ class OptimizerSettings(Section):
     """for fine-tuning: the learning rate of each layer, fraction of the next one's"""
 
 
+class ComputeSettings(Section):
+    """How a training step is computed; every worker does it alike."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """of the forward pass; weights and losses are fp32 with any (bf16 on a GPU that has it)"""
+    compile: bool = False
+    """torch.compile: minutes at first, then faster on GPUs; needs a C++ compiler on each machine"""
+    sync_batch_norm: bool = False
+    """batch norm over the batches of all workers, which then wait for each other; on GPUs"""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """what workers hold: all of the training's state, or a shard of it, where it fits no GPU"""
+
+
 class ScheduleSettings(Section):
     """The learning rate over time."""
 

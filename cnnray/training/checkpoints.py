@@ -27,6 +27,7 @@ from torch import Tensor
 from cnnray.errors import CnnrayError, MissingObjectError, StorageError, UnavailableError
 from cnnray.storage import Store, encode_json, read_json, sha256
 from cnnray.training.places import Place, Tally
+from cnnray.training.sharding import whole
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class Checkpoint:
     history: tuple[dict[str, Any], ...]  # one EpochResult.to_dict() an epoch
     trained: dict[str, Tensor] = field(default_factory=dict)  # where ``model`` is their average
     place: Place | None = None  # None: the last epoch of the history is just done
+    scaler: dict[str, Any] = field(default_factory=dict)  # a GradScaler's state_dict
 
     @property
     def position(self) -> Position:
@@ -183,6 +185,7 @@ def load_at(store: Store, position: Position) -> Checkpoint | None:
         history=tuple(state["history"]),
         trained={name.removeprefix(TRAINED): tensor for name, tensor in trained.items()},
         place=_decode_place(state.get("place")),  # checkpoints of older versions have none
+        scaler=state.get("scaler", {}),
     )
 
 
@@ -219,6 +222,7 @@ def _write(store: Store, checkpoint: Checkpoint, *, keep: int) -> None:
                 "place": asdict(checkpoint.place) if checkpoint.place else None,
                 "history": list(checkpoint.history),
                 "optimizer": groups,
+                "scaler": checkpoint.scaler,
             }
         ),
     }
@@ -319,5 +323,5 @@ def _nested(values: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
 
 
 def model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The state of a model, on the CPU."""
-    return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    """The state of a model, on the CPU; all ranks call it for one that is sharded."""
+    return {name: whole(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}

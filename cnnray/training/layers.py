@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 
 
@@ -23,6 +25,17 @@ def layer_scales(model: nn.Module, *, decay: float) -> dict[str, float]:
             depth, seen = depth + 1, layer
         depths[name] = depth
     return {name: decay ** (depth - own) for name, own in depths.items()}
+
+
+def numbered_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers whose names end in a digit and that are called as a module, without their parts.
+
+    In other words what a network repeats: the blocks of a transformer, the stages of a ResNet.
+    """
+    for name in dict.fromkeys(_layer_of(name) for name, _ in model.named_parameters()):
+        layer = model.get_submodule(name)
+        if name[-1:].isdigit() and type(layer).forward is not nn.Module.forward:
+            yield layer
 
 
 def _layer_of(name: str) -> str:

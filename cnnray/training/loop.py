@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from cnnray.datasets.order import Batch
 from cnnray.errors import NonFiniteLossError
+from cnnray.training.compute import Precision, share_buffers
 from cnnray.training.distillation import Distillation
 from cnnray.training.finite import HINT, LossWatch, Ranks, Reduce
 from cnnray.training.freezing import FrozenEpochs
 from cnnray.training.losses import Loss
 from cnnray.training.places import Place, Tally
 from cnnray.training.progress import Meter, Progress
+from cnnray.training.sharding import local_part, whole_weights
 
 BatchTransform = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """(B, C, H, W) images, (B,) labels and the step → images, and labels or (B, K) targets."""
@@ -59,11 +61,12 @@ class EpochResult:
 class Trainer:
     """A model being trained: what a checkpoint saves and restores."""
 
-    model: nn.Module  # takes (B, C, H, W) uint8, gives (B, K) logits; may be wrapped in DDP
+    model: nn.Module  # (B, C, H, W) uint8 to (B, K) logits; may be wrapped in DDP, or sharded
     optimizer: optim.Optimizer
     loss: Loss
     learning_rate: Callable[[int], float]  # of a 0-based step
     device: torch.device
+    precision: Precision = field(default_factory=Precision)
     step: int = 0
     eval_loss: Loss | None = None  # of validation, where it is not the training's
     accumulate_steps: int = 1  # passes that this rank's part of a global batch is cut into
@@ -162,6 +165,7 @@ def run_epochs(
             trainer, epoch_data, begin=begin, seed=seed, cadence=cadence, meter=meter, ranks=ranks
         )
         train_seconds = time.perf_counter() - started
+        share_buffers(trainer.served, ranks)
         validation = evaluate(trainer, epoch_data.validation, reduce=reduce)
         has_validation = validation.num_samples > 0
         if has_validation and not math.isfinite(validation.loss):
@@ -230,25 +234,31 @@ def _agree(
     Raises ``NonFiniteLossError`` on all ranks, also when the weights that would be saved are not
     finite: the loss would tell only one step later.
     """
-    spoilt = is_wished and not _has_finite_weights(trainer)
+    spoilt = not _has_finite_weights(trainer)  # of what this rank has of them
     shared = ranks.reduce(torch.cat([sums, sums.new_tensor([float(is_wished), float(spoilt)])]))
     *counts, wishes, spoilt_ranks = shared.tolist()
     if not math.isfinite(counts[0]):
         raise watch.failure(ranks)
     if spoilt_ranks:
         raise NonFiniteLossError(f"the weights are not finite at step {trainer.step}", hint=HINT)
+    if trainer.precision.is_hopeless:
+        raise NonFiniteLossError(
+            f"the gradients are not finite in float16 up to step {trainer.step}, at any scale",
+            hint="--compute.precision fp32 or bf16, or lower --optimizer.lr",
+        )
     return Tally(*counts), wishes > 0
 
 
 def _has_finite_weights(trainer: Trainer) -> bool:
-    finite = [parameter.detach().isfinite().all() for parameter in trainer.trained.parameters()]
-    return bool(torch.stack(finite).all())
+    weights = (local_part(parameter.detach()) for parameter in trainer.trained.parameters())
+    return bool(torch.stack([weight.isfinite().all() for weight in weights]).all())
 
 
 def _train_step(trainer: Trainer, batch: Batch, *, divisor: float) -> tuple[Tensor, Tensor]:
     """One optimizer update; returns (loss sum, correct, samples) and the losses (B,) of this rank.
 
-    They are of its samples, before the update.
+    They are of its samples, before the update. A step whose gradients the scaler finds infinite
+    counts as any other, though the weights stay: the order and the schedule do not depend on it.
     """
     lr = trainer.learning_rate(trainer.step)
     for group in trainer.optimizer.param_groups:
@@ -257,9 +267,12 @@ def _train_step(trainer: Trainer, batch: Batch, *, divisor: float) -> tuple[Tens
     sums, losses = _add_gradients(trainer, batch, divisor=divisor)
     if trainer.freeze is not None:
         trainer.freeze.drop_gradients()
+    scaler = trainer.precision.scaler
+    scaler.unscale_(trainer.optimizer)
     if trainer.clip_norm is not None:  # after DDP's average: the same on all ranks
         nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.clip_norm)
-    trainer.optimizer.step()
+    scaler.step(trainer.optimizer)
+    scaler.update()
     if trainer.average is not None:
         trainer.average.update_parameters(trainer.trained)
     trainer.step += 1
@@ -278,12 +291,13 @@ def _add_gradients(trainer: Trainer, batch: Batch, *, divisor: float) -> tuple[T
     seen: list[Tensor] = []
     for number, (image, label) in enumerate(pieces, 1):
         with alone() if number < passes else nullcontext():
-            logits = trainer.model(image)  # (B, K)
+            logits = trainer.precision.forward(trainer.model, image)  # (B, K)
             losses = trainer.loss(logits, label)  # (B,)
             minimised = losses  # what is counted stays comparable to validation
             if trainer.distillation is not None:
                 minimised = trainer.distillation(losses, logits, image)
-            (minimised.sum() / divisor).backward()  # type: ignore[no-untyped-call]
+            total = trainer.precision.scaler.scale(minimised.sum() / divisor)
+            total.backward()  # type: ignore[no-untyped-call]
         seen.append(minimised.detach())
         sums += _count(logits.detach(), losses.detach(), label)
     return sums, torch.cat(seen)
@@ -291,12 +305,12 @@ def _add_gradients(trainer: Trainer, batch: Batch, *, divisor: float) -> tuple[T
 
 def evaluate(trainer: Trainer, batches: Iterable[Batch], *, reduce: Reduce) -> Tally:
     """Loss and accuracy over every sample of ``batches`` on all ranks."""
-    model = trainer.served.eval()  # ranks may hold unequal counts: no DDP
+    model = trainer.served.eval()  # ranks may hold unequal counts: no DDP, no shards
     sums = torch.zeros(3, dtype=torch.float64, device=trainer.device)
-    with torch.inference_mode():
+    with whole_weights(model), torch.inference_mode():
         for batch in batches:
             image, label = _to_device(batch, trainer.device)
-            logits = model(image)
+            logits = trainer.precision.forward(model, image)
             sums += _count(logits, trainer.validation_loss(logits, label), label)
     return Tally(*reduce(sums).tolist())
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn, optim
 
 from cnnray.errors import SettingsError
 from cnnray.training.layers import layer_scales
+from cnnray.training.sharding import is_sharded, laid_out_like
 
 Group = dict[str, Any]
 """Parameters and how they are moved, as torch's optimizers know them."""
@@ -50,7 +51,9 @@ def build_optimizer(
     if name == "adamw":
         return optim.AdamW(groups, lr=lr, fused=True)
     if name == "sgd":
-        return optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True)
+        fused = not is_sharded(model)  # torch 2.14 has no fused SGD for shards
+        sgd = optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
+        return _with_momentum(sgd) if momentum > 0 else sgd
     if name == "lamb":
         return _lamb()(groups, lr=lr, max_grad_norm=None)  # clipping is a setting of its own
     raise ValueError(f"unknown optimizer {name}")
@@ -119,6 +122,19 @@ class MuonAndAdamW(optim.Optimizer):
         self.adamw.step()
 
 
+def _with_momentum(sgd: optim.SGD) -> optim.SGD:
+    """With buffers of 0, from which the first step is the one that it is without any.
+
+    By itself the fused SGD of torch 2.14 makes them in a step of all parameters of a group: a
+    ``GradScaler`` that skips that step leaves in them what was in memory, and one for parameters
+    that were frozen until then fails.
+    """
+    for group in sgd.param_groups:
+        for parameter in group["params"]:
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
+
+
 def _lamb() -> Callable[..., optim.Optimizer]:
     try:
         from timm.optim import Lamb
@@ -131,7 +147,7 @@ def _lamb() -> Callable[..., optim.Optimizer]:
 
 
 def restore_optimizer(optimizer: optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a ``state_dict``, each tensor in the memory format of its parameter.
+    """Load a ``state_dict`` of whole tensors, each in the memory format of its parameter.
 
     The fused optimizers of torch 2.14 go through memory as it lies: a channels-last weight and a
     contiguous moment of it would be paired wrongly, and nothing would say so.
@@ -140,4 +156,4 @@ def restore_optimizer(optimizer: optim.Optimizer, state: dict[str, Any]) -> None
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                moments[name] = torch.empty_like(parameter).copy_(value)
+                moments[name] = laid_out_like(value, parameter)

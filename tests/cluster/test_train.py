@@ -123,6 +123,37 @@ def test_other_settings_do_not_continue_a_run(run_training, trained, tmp_path):
         run_training(output=str(tmp_path), seed=8, optimizer={"name": "adam"})
 
 
+def test_a_run_from_before_a_setting_was_there_is_continued_with_its_default(
+    run_training, trained, tmp_path
+):
+    shutil.copytree(trained.folder / "training", tmp_path / "training")
+    path = tmp_path / "training/main/settings.json"
+    older = json.loads(path.read_text())
+    del older["compute"], older["mix"], older["model"]["drop_path"]
+    path.write_text(json.dumps(older))
+    with pytest.raises(ConflictError, match="other settings: compute, mix\n"):
+        run_training(output=str(tmp_path), compute={"precision": "bf16"}, mix={"probability": 0.5})
+    run = run_training(output=str(tmp_path))
+    assert losses(run.history) == losses(trained.history)
+
+
+def test_two_workers_with_a_shard_each_take_the_same_steps_and_one_goes_on_from_them(
+    run_training, trained
+):
+    shards = {
+        "compute": {"strategy": "fsdp"},
+        "scaling": {"num_workers": 2, "cpus_per_worker": 0.5},
+        "checkpoint": {"every_steps": 4},
+    }
+    first = run_training(epochs=1, **shards)
+    assert first.batches(0) == trained.batches(0)
+    assert losses(first.history) == pytest.approx(losses(trained.history[:1]), abs=1e-4)
+    for name in ("model.json", "model.safetensors"):  # stopped before the bundle was written
+        (first.folder / name).unlink()
+    resumed = run_training(output=str(first.folder), epochs=3)
+    assert losses(resumed.history) == pytest.approx(losses(trained.history), abs=1e-4)
+
+
 def test_three_workers_take_the_same_global_batches_to_the_same_losses(run_training, trained):
     run = run_training(epochs=1, scaling={"num_workers": 3, "cpus_per_worker": 0.3})
     assert run.batches(0) == trained.batches(0)
@@ -249,6 +280,7 @@ def test_mistakes_are_found_before_a_worker_is_started(run_training, trained, tm
         ({"image": {"progressive": 0.5}}, SettingsError),  # tutorial_cnn takes one size only
         ({"model": {"name": "resnet18"}, "optimizer": {"name": "muon"}}, SettingsError),
         ({"distill": {"teacher": str(tmp_path / "empty")}}, ModelError),
+        ({"compute": {"precision": "fp16"}}, SettingsError),
     ):
         with pytest.raises(error):
             run_training(output=str(tmp_path / "model"), **changes)

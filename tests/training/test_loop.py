@@ -385,8 +385,9 @@ def test_each_group_learns_at_its_own_part_of_the_rate(
     assert result.learning_rate == 0.1
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_the_backbone_stays_bit_for_bit_until_its_frozen_epochs_are_over(
-    make_batch: MakeBatch,
+    make_batch: MakeBatch, optimizer: str
 ) -> None:
     torch.manual_seed(0)
     backbone = torch.nn.Sequential(
@@ -398,7 +399,7 @@ def test_the_backbone_stays_bit_for_bit_until_its_frozen_epochs_are_over(
     classifier = Classifier(backbone, mean=[0.5], std=[0.5], head="3")
     trainer = Trainer(
         model=classifier,
-        optimizer=build_optimizer(classifier, name="adamw", lr=0.1, weight_decay=0.1),
+        optimizer=build_optimizer(classifier, name=optimizer, lr=0.1, weight_decay=0.1),
         loss=cross_entropy,
         learning_rate=lambda step: 0.1,
         device=torch.device("cpu"),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
+from torch.amp.grad_scaler import GradScaler
 
 from cnnray.errors import SettingsError
 from cnnray.models.registry import build_model
@@ -61,6 +63,35 @@ def test_sgd_uses_nesterov_momentum_and_none_when_asked() -> None:
     without = build_optimizer(model, name="sgd", lr=0.1, momentum=0.0).param_groups[0]
     assert (with_it["momentum"], with_it["nesterov"]) == (0.8, True)
     assert (without["momentum"], without["nesterov"]) == (0.0, False)
+
+
+@pytest.fixture
+def no_stale_memory() -> Iterator[None]:
+    """What was never written is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("no_stale_memory")
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "lamb"])
+def test_a_first_update_that_the_scaler_skips_leaves_no_trace(name: str) -> None:
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, gradient: float) -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        scaler = GradScaler("cpu", init_scale=1.0)
+        scaler.scale(torch.ones(()))
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+
+    model = nn.Linear(2, 2)
+    other = copy.deepcopy(model)
+    optimizer = build_optimizer(model, name=name, lr=0.1)
+    step(model, optimizer, torch.inf)
+    step(model, optimizer, 0.5)
+    step(other, build_optimizer(other, name=name, lr=0.1), 0.5)
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_an_unknown_optimizer_is_refused() -> None:

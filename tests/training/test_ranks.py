@@ -24,6 +24,7 @@ from cnnray.training.loop import (
     EpochData,
     EpochResult,
     Trainer,
+    evaluate,
     run_epochs,
 )
 from cnnray.training.losses import build_loss, cross_entropy
@@ -136,9 +137,9 @@ def test_two_unequal_ranks_take_the_steps_of_one_process_whatever_is_switched_on
 STEPS = 2 * FINITE_CHECK_STEPS + 10
 
 
-def plain_trainer(wrap: Callable[[nn.Module], nn.Module]) -> Trainer:
+def plain_trainer(wrap: Callable[[nn.Module], nn.Module], *norms: nn.Module) -> Trainer:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    model = nn.Sequential(nn.Flatten(), *norms, nn.Linear(16, 2))
     model.register_forward_pre_hook(lambda _, inputs: (inputs[0].float() / 255,))
     model = wrap(model)
     return Trainer(
@@ -232,3 +233,45 @@ def test_two_ranks_stop_at_the_place_of_one_clock_and_name_the_samples_of_one_lo
         f"the loss is not finite at step {step + 1}, for 2 of its samples:"
         f" '{step}/{CUT + 2}', '{step}/{CUT + 3}'"
     )
+
+
+def validate_rank(rank: int, folder: str) -> None:
+    """One epoch of a model with batch norm, of which each rank sees other images."""
+    rows = join(rank, folder)
+    trainer = plain_trainer(nn.parallel.DistributedDataParallel, nn.BatchNorm1d(16))
+    batches = [
+        Batch(**{name: values[rows] for name, values in global_batch(number).items()})
+        for number in range(3)
+    ]
+
+    def reduce(tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor)
+        return tensor
+
+    [result] = run_epochs(
+        trainer,
+        first_epoch=0,
+        epochs=1,
+        data=lambda _: EpochData(batches, np.full(3, 16), batches),
+        seed=0,
+        rank=rank,
+        num_workers=2,
+        reduce=reduce,
+    )
+    state = {"val_loss": result.val_loss, "model": trainer.trained.state_dict()}
+    torch.save(state, f"{folder}/validated-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.timeout(2 * DEADLINE_SECONDS)
+def test_all_ranks_validate_with_the_batch_norm_statistics_that_rank_0_saves(
+    tmp_path: Path,
+) -> None:
+    torch.multiprocessing.spawn(validate_rank, args=(str(tmp_path),), nprocs=2)
+    one, other = (torch.load(tmp_path / f"validated-{rank}.pt") for rank in (0, 1))
+    for name, tensor in one["model"].items():
+        assert torch.equal(tensor, other["model"][name]), name
+    alone = plain_trainer(lambda model: model, nn.BatchNorm1d(16))
+    alone.model.load_state_dict(one["model"])
+    tally = evaluate(alone, map(global_batch, range(3)), reduce=lambda sums: sums)
+    assert one["val_loss"] == pytest.approx(tally.loss, rel=1e-6)
