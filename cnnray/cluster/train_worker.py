@@ -14,6 +14,7 @@ import torch.distributed
 
 from cnnray.cluster.board import BoardHandler
 from cnnray.cluster.ingest import SplitReader
+from cnnray.cluster.notices import NOTICES
 from cnnray.cluster.runtime import find_cause
 from cnnray.config import TrainSettings
 from cnnray.datasets.order import EpochOrder, assemble, lanes_of, plan_epoch
@@ -48,6 +49,7 @@ from cnnray.training.optimizers import build_optimizer, restore_optimizer
 from cnnray.training.order_log import OrderLog, remove_order
 from cnnray.training.places import Interval, Place
 from cnnray.training.prefetch import prefetch
+from cnnray.training.progress import Beginning
 from cnnray.training.resizing import Resizing
 from cnnray.training.schedules import learning_rate_factor, peak_learning_rate
 from cnnray.training.stopping import has_stalled
@@ -100,9 +102,11 @@ def _train(job: TrainJob, *, rank: int, num_workers: int) -> None:
     trainer = _build_trainer(job, checkpoint)
     begin = checkpoint.place if checkpoint and checkpoint.place else Place(len(history))
     log = None if job.order_log is None else OrderLog(job.order_log, rank=rank)
-    if log is not None and rank == 0:
-        remove_order(log.store, begin=begin)
-    clock = Interval(60 * settings.checkpoint.every_minutes if rank == 0 else 0)
+    if rank == 0:
+        job.board.post.remote(Beginning(num_workers, begin.epoch, begin.step))
+        if log is not None:
+            remove_order(log.store, begin=begin)
+    clock = Interval(60 * settings.checkpoint.every_minutes)
     with CheckpointWriter(
         job.run, keep=settings.checkpoint.keep, seconds=settings.cluster.stall_seconds
     ) as writer:
@@ -113,7 +117,7 @@ def _train(job: TrainJob, *, rank: int, num_workers: int) -> None:
             place=begin,
             data=_epoch_feeder(job, begin, log, rank=rank, num_workers=num_workers),
             seed=settings.seed,
-            cadence=Cadence(settings.checkpoint.every_steps, clock.is_over),
+            cadence=_cadence(settings, clock, rank=rank),
             rank=rank,
             num_workers=num_workers,
             reduce=reduce,
@@ -127,7 +131,7 @@ def _train(job: TrainJob, *, rank: int, num_workers: int) -> None:
                 log.flush()
                 reduce(torch.zeros(1, device=trainer.device)).item()  # until all ranks have
             if rank == 0:
-                writer.save(_state(trainer, history, place))
+                NOTICES.follow(writer.save(_state(trainer, history, place)), step=trainer.step)
             clock.restart()
             if isinstance(reached, EpochResult):
                 if rank == 0:
@@ -135,6 +139,14 @@ def _train(job: TrainJob, *, rank: int, num_workers: int) -> None:
                 ray.train.report(_numbers(history[-1]))
                 if _is_over(settings, history):
                     break
+
+
+def _cadence(settings: TrainSettings, clock: Interval, *, rank: int) -> Cadence:
+    """When to write a checkpoint inside an epoch; of clocks and notices, those of rank 0 count."""
+    every_steps = settings.checkpoint.every_steps
+    if rank > 0:
+        return Cadence(every_steps)
+    return Cadence(every_steps, lambda: clock.is_over() or NOTICES.is_wished())
 
 
 def _load_together(job: TrainJob, *, rank: int, reduce: Reduce) -> Checkpoint | None:
