@@ -103,9 +103,7 @@ def _train(job: TrainJob, *, rank: int, num_workers: int) -> None:
     begin = checkpoint.place if checkpoint and checkpoint.place else Place(len(history))
     log = None if job.order_log is None else OrderLog(job.order_log, rank=rank)
     if rank == 0:
-        job.board.post.remote(Beginning(num_workers, begin.epoch, begin.step))
-        if log is not None:
-            remove_order(log.store, begin=begin)
+        _begin(job, begin, num_workers=num_workers)
     clock = Interval(60 * settings.checkpoint.every_minutes)
     with CheckpointWriter(
         job.run, keep=settings.checkpoint.keep, seconds=settings.cluster.stall_seconds
@@ -139,6 +137,13 @@ def _train(job: TrainJob, *, rank: int, num_workers: int) -> None:
                 ray.train.report(_numbers(history[-1]))
                 if _is_over(settings, history):
                     break
+
+
+def _begin(job: TrainJob, begin: Place, *, num_workers: int) -> None:
+    """Say where this group of workers begins, and let the order log end there."""
+    job.board.post.remote(Beginning(num_workers, begin.epoch, begin.step))
+    if job.order_log is not None:
+        remove_order(job.order_log, begin=begin)
 
 
 def _cadence(settings: TrainSettings, clock: Interval, *, rank: int) -> Cadence:
