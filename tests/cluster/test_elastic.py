@@ -89,7 +89,7 @@ def drain(node: Any, *, seconds: float) -> None:
 
     gcs = ray._raylet.GcsClient(address=node.gcs_address)
     is_accepted, why_not = gcs.drain_node(
-        node._node_id,
+        node.node_id,
         autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
         "a test takes it away",
         int(1000 * (time.time() + seconds)),
