@@ -111,14 +111,8 @@ def test_a_run_begins_with_the_one_worker_that_fits_and_goes_on_with_two_once_a_
             time.sleep(1.0)
 
     def join() -> None:
-        import ray
-        from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator
-
         wait_until((tmp_path / "begun").exists)
         cluster.add_node(num_cpus=2, object_store_memory=100_000_000)
-        # Ray's coordinator looks for new nodes every 20 s, or when it is told to.
-        coordinator = default_autoscaling_coordinator.get_or_create_autoscaling_coordinator()
-        ray.get(coordinator.get_reserved_resources.remote("nobody", recompute=True), timeout=30)
 
     monkeypatch.setattr(train_module, "Network", network_that(take_time_alone))
     scaling = {"num_workers": "1:2", "cpus_per_worker": 1.0}
