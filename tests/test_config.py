@@ -19,6 +19,7 @@ from cnnray.config import (
     EvaluateSettings,
     JobSettings,
     PackSettings,
+    ScalingSettings,
     TrainSettings,
     VerifySettings,
     load_settings,
@@ -124,7 +125,30 @@ def test_numbers_of_a_fixed_choice_can_be_given_as_flags(channels: str) -> None:
     assert train("--image.channels", channels).image.channels == int(channels)
 
 
+@pytest.mark.parametrize(
+    ("text", "value", "bounds"), [("4", 4, (4, 4)), ("2:8", "2:8", (2, 8)), ("3:3", "3:3", (3, 3))]
+)
+def test_workers_are_a_number_or_a_range(text: str, value: Any, bounds: tuple[int, int]) -> None:
+    scaling = train("--scaling.num_workers", text).scaling
+    assert scaling.num_workers == value
+    assert (scaling.min_workers, scaling.max_workers) == bounds
+    assert scaling.is_elastic == (":" in text)
+    assert ScalingSettings(**scaling.model_dump(mode="json")) == scaling
+
+
+def test_a_range_of_workers_in_yaml_is_quoted(write_yaml: WriteYaml) -> None:
+    path = write_yaml('data: d\noutput: o\nscaling: {num_workers: "2:8"}\n')
+    assert load_settings(TrainSettings, ["--config", path]).scaling.max_workers == 8
+
+
 # Mistakes
+
+
+@pytest.mark.parametrize("text", ["0:2", "3:2", "2:", ":2", "1:2:3", "2-8", "1.5", "-1", "all", ""])
+def test_a_range_of_workers_that_makes_no_sense_is_named_with_its_flag(text: str) -> None:
+    assert problem(f"--scaling.num_workers={text}").startswith(
+        "--scaling.num_workers: must be a number from 1 on, or MIN:MAX of such, got "
+    )
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,27 @@ import torch.distributed
 
 from cnnray import __version__
 from cnnray.cluster.board import BoardReader, start_board
-from cnnray.cluster.runtime import WorkerResources, find_cause, last_line, plan_workers, ray_cluster
+from cnnray.cluster.elastic import (
+    MAX_PREEMPTIONS,
+    MAX_STARTS,
+    ElasticTrainer,
+    find_lack_of_workers,
+    plan_scaling,
+)
+from cnnray.cluster.runtime import (
+    WorkerResources,
+    find_cause,
+    last_line,
+    node_resources,
+    plan_workers,
+    ray_cluster,
+)
 from cnnray.cluster.train_data import make_readers
 from cnnray.cluster.train_display import TrainingDisplay
 from cnnray.cluster.train_worker import TrainJob, make_optimizer, plan_resizing, train_worker
 from cnnray.config import TrainSettings
 from cnnray.datasets.manifest import Manifest, get_split, read_manifest
+from cnnray.datasets.order import NUM_LANES
 from cnnray.errors import (
     CnnrayError,
     ConflictError,
@@ -79,7 +94,7 @@ def train(
     started = time.perf_counter()
     require_computable(
         **settings.compute.model_dump(),
-        num_workers=settings.scaling.num_workers,
+        num_workers=settings.scaling.max_workers,
         use_gpu=settings.scaling.use_gpu,
         accumulate_steps=settings.accumulate_steps,
         has_average=settings.ema.decay > 0,
@@ -93,7 +108,7 @@ def train(
     with ray_cluster(settings.cluster):
         resources = plan_workers(settings.scaling)
         _warn_of_local_paths(settings)
-        readers = make_readers(data, manifest, settings, network)
+        readers = make_readers(data, manifest, settings, network, num_workers=resources.num_workers)
         job = TrainJob(
             settings=settings,
             network=network,
@@ -106,7 +121,7 @@ def train(
             teacher=teacher,
         )
         logger.info(
-            "training %s on %s images of %d classes, %d px, %d workers of %g CPUs and %d threads",
+            "training %s on %s images of %d classes, %d px, %s workers of %g CPUs and %d threads",
             network.name,
             f"{manifest.splits['train'].num_samples:,}",
             len(manifest.classes),
@@ -134,10 +149,16 @@ def _plan_network(settings: TrainSettings, manifest: Manifest) -> Network:
     if empty:
         logger.warning("%d classes have no training image: %s", len(empty), ", ".join(empty[:5]))
     smallest = min(settings.global_batch_size, train_split.num_samples)
-    if smallest < settings.scaling.num_workers:
+    most = settings.scaling.max_workers
+    if smallest < most:
         raise SettingsError(
-            f"{settings.scaling.num_workers} workers share batches of {smallest} images",
+            f"{most} workers share batches of {smallest} images",
             hint="lower --scaling.num_workers or raise --global_batch_size",
+        )
+    if most > NUM_LANES:
+        raise SettingsError(
+            f"{most} workers share the {NUM_LANES} lanes of the order",
+            hint='lower --scaling.num_workers (in YAML, MIN:MAX needs quotes: "MIN:MAX")',
         )
     preprocessing = plan_preprocessing(
         settings.model.name,
@@ -239,7 +260,7 @@ def _with_defaults(found: dict[str, Any], defaults: dict[str, Any]) -> dict[str,
 
 
 def _warn_of_local_paths(settings: TrainSettings) -> None:
-    if len(ray.nodes()) > 1 and not settings.output.startswith("s3://"):
+    if len(node_resources()) > 1 and not settings.output.startswith("s3://"):
         logger.warning(
             "%s is a local path on a cluster: every node must see the same folder", settings.output
         )
@@ -249,26 +270,24 @@ def _fit(
     job: TrainJob, resources: WorkerResources, *, on_epoch: Callable[[EpochResult], None]
 ) -> None:
     """Run the workers to the end; raises what stopped them."""
-    scaling = job.settings.scaling
-    reservation = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
     with tempfile.TemporaryDirectory(prefix="cnnray-train-") as ray_state:
-        trainer = ray.train.torch.TorchTrainer(
+        trainer = ElasticTrainer(
             train_worker,
+            resources=resources,
+            wait_seconds=job.settings.cluster.stall_seconds,
             train_loop_config={"job": job},
             torch_config=ray.train.torch.TorchConfig(
                 timeout_s=int(job.settings.cluster.stall_seconds)
             ),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=scaling.num_workers,
-                use_gpu=scaling.use_gpu,
-                resources_per_worker=reservation,
-            ),
+            scaling_config=plan_scaling(job.settings.scaling, resources),
             run_config=ray.train.RunConfig(
                 name="cnnray",
                 storage_path=ray_state,  # checkpoints are ours; Ray keeps only its own notes here
                 logging_config=ray.train.LoggingConfig(log_level="WARNING"),
                 failure_config=ray.train.FailureConfig(
-                    max_failures=job.settings.checkpoint.max_restarts, controller_failure_limit=3
+                    max_failures=job.settings.checkpoint.max_restarts,
+                    max_preemption_failures=MAX_PREEMPTIONS,
+                    controller_failure_limit=MAX_STARTS,
                 ),
             ),
         )
@@ -279,7 +298,8 @@ def _fit(
             try:
                 trainer.fit()
             except Exception as error:
-                raise find_cause(error) or _worker_failure(error) from error
+                cause = find_cause(error) or find_lack_of_workers(error)
+                raise cause or _worker_failure(error) from error
         failure = ray.get(job.board.get_failure.remote(), timeout=60)
         if failure is not None:
             raise failure

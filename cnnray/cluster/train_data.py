@@ -24,26 +24,27 @@ MIN_AHEAD = 4
 
 
 def make_readers(
-    data: Store, manifest: Manifest, settings: TrainSettings, network: Network
+    data: Store, manifest: Manifest, settings: TrainSettings, network: Network, *, num_workers: int
 ) -> dict[str, SplitReader]:
     """Readers of ``train`` and, if there are images to validate on, of ``val``.
 
+    Each worker reads as far ahead as ``num_workers`` can on the cluster as it is.
     Reading labels or images raises ``DataError`` for what is damaged.
     """
-    readers = _readers(data, manifest, settings, network)
+    readers = _readers(data, manifest, settings, network, num_workers=num_workers)
     if settings.imbalance.method == "balanced_sampler":
         readers["train"] = readers["train"].balance()
     return _decode_what_fits(readers, settings, network)
 
 
 def _readers(
-    data: Store, manifest: Manifest, settings: TrainSettings, network: Network
+    data: Store, manifest: Manifest, settings: TrainSettings, network: Network, *, num_workers: int
 ) -> dict[str, SplitReader]:
     """Of the splits that there are: validation, if any, and training."""
     preprocessing = network.preprocessing
     repeats = settings.augment.repeats
     cpus = ray.cluster_resources().get("CPU", 1.0)
-    ahead = max(MIN_AHEAD, math.ceil(IN_FLIGHT_PER_CPU * cpus / settings.scaling.num_workers))
+    ahead = max(MIN_AHEAD, math.ceil(IN_FLIGHT_PER_CPU * cpus / num_workers))
     train = Augmentation(**settings.augment.model_dump(exclude={"repeats"}))
     augmentations = {"val": Augmentation(), "train": train}
     if manifest.splits["val"].num_samples == 0:

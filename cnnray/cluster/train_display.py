@@ -8,7 +8,7 @@ from typing import Any
 
 from cnnray.console import ProgressLine, format_seconds
 from cnnray.training.loop import EpochResult
-from cnnray.training.progress import Progress
+from cnnray.training.progress import Beginning, Progress
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +21,16 @@ class TrainingDisplay(ProgressLine):
         self.on_epoch = on_epoch
 
     def show(self, message: Any) -> None:
-        """A ``Progress``, an ``EpochResult`` or the text of a worker's warning."""
+        """A ``Beginning``, a ``Progress``, an ``EpochResult`` or the text of a warning."""
         if isinstance(message, str):
             logger.warning("%s", message)
+        elif isinstance(message, Beginning):
+            logger.info(
+                "%d workers begin in epoch %d, after step %d",
+                message.num_workers,
+                message.epoch + 1,
+                message.step,
+            )
         elif isinstance(message, Progress):
             self._show_progress(message)
         else:

@@ -15,6 +15,7 @@ from torch import nn, optim
 
 from cnnray.cluster.board import BoardHandler
 from cnnray.cluster.ingest import SplitReader
+from cnnray.cluster.notices import NOTICES
 from cnnray.cluster.runtime import find_cause
 from cnnray.config import TrainSettings
 from cnnray.datasets.order import EpochOrder, assemble, lanes_of, plan_epoch
@@ -56,6 +57,7 @@ from cnnray.training.optimizers import build_optimizer, restore_optimizer
 from cnnray.training.order_log import OrderLog, remove_order
 from cnnray.training.places import Interval, Place
 from cnnray.training.prefetch import prefetch
+from cnnray.training.progress import Beginning
 from cnnray.training.resizing import Resizing
 from cnnray.training.schedules import learning_rate_factor, peak_learning_rate
 from cnnray.training.sharding import is_sharded, shard, whole
@@ -110,9 +112,9 @@ def _train(job: TrainJob, *, rank: int, num_workers: int) -> None:
     trainer = _build_trainer(job, checkpoint)
     begin = checkpoint.place if checkpoint and checkpoint.place else Place(len(history))
     log = None if job.order_log is None else OrderLog(job.order_log, rank=rank)
-    if log is not None and rank == 0:
-        remove_order(log.store, begin=begin)
-    clock = Interval(60 * settings.checkpoint.every_minutes if rank == 0 else 0)
+    if rank == 0:
+        _begin(job, begin, num_workers=num_workers)
+    clock = Interval(60 * settings.checkpoint.every_minutes)
     with CheckpointWriter(
         job.run, keep=settings.checkpoint.keep, seconds=settings.cluster.stall_seconds
     ) as writer:
@@ -123,7 +125,7 @@ def _train(job: TrainJob, *, rank: int, num_workers: int) -> None:
             place=begin,
             data=_epoch_feeder(job, begin, log, rank=rank, num_workers=num_workers),
             seed=settings.seed,
-            cadence=Cadence(settings.checkpoint.every_steps, clock.is_over),
+            cadence=_cadence(settings, clock, rank=rank),
             rank=rank,
             num_workers=num_workers,
             reduce=reduce,
@@ -144,6 +146,21 @@ def _train(job: TrainJob, *, rank: int, num_workers: int) -> None:
                 ray.train.report(_numbers(history[-1]))
                 if _is_over(settings, history):
                     break
+
+
+def _begin(job: TrainJob, begin: Place, *, num_workers: int) -> None:
+    """Say where this group of workers begins, and let the order log end there."""
+    job.board.post.remote(Beginning(num_workers, begin.epoch, begin.step))
+    if job.order_log is not None:
+        remove_order(job.order_log, begin=begin)
+
+
+def _cadence(settings: TrainSettings, clock: Interval, *, rank: int) -> Cadence:
+    """When to write a checkpoint inside an epoch; of clocks and notices, those of rank 0 count."""
+    every_steps = settings.checkpoint.every_steps
+    if rank > 0:
+        return Cadence(every_steps)
+    return Cadence(every_steps, lambda: clock.is_over() or NOTICES.is_wished())
 
 
 def _load_together(job: TrainJob, *, rank: int, reduce: Reduce) -> Checkpoint | None:
@@ -172,7 +189,7 @@ def _build_trainer(job: TrainJob, checkpoint: Checkpoint | None) -> Trainer:
     classifier = job.network.build(with_weights=checkpoint is None)
     if checkpoint is not None:
         classifier.load_state_dict(checkpoint.trained or checkpoint.model)
-    if settings.compute.sync_batch_norm and settings.scaling.num_workers > 1:
+    if settings.compute.sync_batch_norm and _num_workers() > 1:
         classifier = cast(Classifier, synchronize_batch_norms(classifier))
     classifier = classifier.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = build_average(classifier, decay=settings.ema.decay) if settings.ema.decay else None
@@ -225,11 +242,16 @@ def _prepare(classifier: Classifier, settings: TrainSettings, device: torch.devi
     """The classifier as this rank trains it: compiled, and tied to the other ranks'."""
     if settings.compute.compile:
         compile_in_place(classifier)
-    num_workers = settings.scaling.num_workers
-    if settings.compute.strategy == "fsdp" and num_workers > 1:
-        return shard(classifier, device=device, num_workers=num_workers)
+    if settings.compute.strategy == "fsdp" and _num_workers() > 1:
+        return shard(classifier, device=device, num_workers=_num_workers())
     model: nn.Module = ray.train.torch.prepare_model(classifier)
     return model
+
+
+def _num_workers() -> int:
+    """How many there are now: their number may change."""
+    number: int = ray.train.get_context().get_world_size()
+    return number
 
 
 def _build_transform(job: TrainJob, *, steps_per_epoch: int) -> BatchTransform | None:
@@ -331,7 +353,7 @@ def _save(
     if rank == 0 or is_sharded(trainer.model):
         state = _state(trainer, history, place)
         if rank == 0:
-            writer.save(state)
+            NOTICES.follow(writer.save(state), step=trainer.step)
 
 
 def _state(trainer: Trainer, history: list[dict[str, Any]], place: Place | None) -> Checkpoint:

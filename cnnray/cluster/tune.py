@@ -163,16 +163,16 @@ def plan_concurrency(settings: TuneSettings) -> tuple[TuneSettings, int]:
     as much for reading.
     """
     scaling, nodes = settings.scaling, node_resources()
-    cpus = sum(node.get("CPU", 0.0) for node in nodes)
-    gpus = sum(node.get("GPU", 0.0) for node in nodes)
-    each = scaling.num_workers * (1 if scaling.use_gpu else 2 * (scaling.cpus_per_worker or 1))
-    fit = int((gpus if scaling.use_gpu else cpus) // each)
+    places = sum(node.get("GPU" if scaling.use_gpu else "CPU", 0.0) for node in nodes)
+    each = scaling.max_workers * (1 if scaling.use_gpu else 2 * (scaling.cpus_per_worker or 1))
+    fit = int(places // each)
     concurrent = settings.max_concurrent or max(1, min(fit, settings.trials))
     cores = (os.cpu_count() or 1) * len(nodes)
-    workers = scaling.num_workers * concurrent
+    workers = scaling.max_workers * concurrent
     shared = scaling.model_copy(
         update={
-            "cpus_per_worker": scaling.cpus_per_worker or share_of_cpus(cpus, workers),
+            "cpus_per_worker": scaling.cpus_per_worker
+            or share_of_cpus(nodes, workers, use_gpu=scaling.use_gpu),
             "threads_per_worker": scaling.threads_per_worker or max(1, cores // workers),
         }
     )

@@ -77,7 +77,7 @@ def read_trial(plan: TrialPlan, point: Point, *, status: Any, error: str | None 
         history=checkpoint.history,
         best_epoch=checkpoint.best_epoch,
         parameters=sum(tensor.numel() for tensor in checkpoint.model.values()),
-        workers=settings.scaling.num_workers,
+        workers=settings.scaling.max_workers,
         error=error,
     )
 

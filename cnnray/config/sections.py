@@ -6,6 +6,7 @@ look.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -14,10 +15,20 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
+WORKER_COUNT = re.compile(r"(?P<least>[1-9]\d*)(:(?P<most>[1-9]\d*))?", re.ASCII)
+
 
 def _whole_number(value: Any) -> Any:
     """A flag's text as the number that a Literal wants."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def _worker_count(value: Any) -> Any:
+    """A number as one, MIN:MAX as the text that it is."""
+    match = WORKER_COUNT.fullmatch(str(value))
+    if match is None or int(match["most"] or match["least"]) < int(match["least"]):
+        raise ValueError("must be a number from 1 on, or MIN:MAX of such")
+    return value if match["most"] else int(match["least"])
 
 
 class Section(BaseModel):
@@ -89,14 +100,29 @@ class ClusterSettings(Section):
 class ScalingSettings(Section):
     """Workers of training."""
 
-    num_workers: PositiveInt = 1
-    """data-parallel processes"""
+    num_workers: Annotated[int | str, BeforeValidator(_worker_count)] = 1
+    """data-parallel processes; MIN:MAX (quoted in YAML): as many as the cluster has room for"""
     use_gpu: bool = False
     """one GPU for each worker"""
     cpus_per_worker: PositiveFloat | None = None
     """CPUs reserved for each worker (as many as leave room for reading the data)"""
     threads_per_worker: PositiveInt | None = None
     """torch threads of each worker (the node's cores shared among its workers)"""
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change while they train."""
+        return isinstance(self.num_workers, str)
+
+    @property
+    def min_workers(self) -> int:
+        """The least number of workers that training goes on with."""
+        return int(str(self.num_workers).partition(":")[0])
+
+    @property
+    def max_workers(self) -> int:
+        """The greatest number of workers."""
+        return int(str(self.num_workers).rpartition(":")[2])
 
 
 class InferenceScalingSettings(Section):
@@ -340,8 +366,8 @@ class CheckpointSettings(Section):
     every_steps: Annotated[int, Field(ge=0)] = 0
     """optimizer steps from one inside epochs to the next (0: not by steps)"""
     every_minutes: Annotated[float, Field(ge=0.0)] = 10.0
-    """minutes after which one is written inside an epoch, at the next 50th step (0: not by time)"""
+    """minutes after which one is written inside an epoch, within 50 steps (0: not by time)"""
     keep: PositiveInt = 2
     """latest ones after epochs that are kept (the best one, and two inside epochs, besides)"""
     max_restarts: Annotated[int, Field(ge=0)] = 3
-    """restarts from the last checkpoint after a worker died"""
+    """restarts from the last checkpoint after a worker died, not counting nodes that gave notice"""

@@ -103,10 +103,14 @@ class CheckpointWriter:
         self.thread = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: futures.Future[None] | None = None
 
-    def save(self, checkpoint: Checkpoint) -> None:
-        """Copy a checkpoint and begin to write the copy, once the one before it is written."""
+    def save(self, checkpoint: Checkpoint) -> futures.Future[None]:
+        """Copy a checkpoint and begin to write the copy, once the one before it is written.
+
+        What is returned is done when all is written.
+        """
         self._wait()
         self.pending = self.thread.submit(_write, self.store, _snapshot(checkpoint), keep=self.keep)
+        return self.pending
 
     def close(self) -> None:
         """Wait until all is written."""

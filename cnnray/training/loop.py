@@ -26,7 +26,7 @@ from cnnray.training.distillation import Distillation
 from cnnray.training.finite import HINT, LossWatch, Ranks, Reduce
 from cnnray.training.freezing import FrozenEpochs
 from cnnray.training.losses import Loss
-from cnnray.training.places import Place, Tally
+from cnnray.training.places import Pace, Place, Tally
 from cnnray.training.progress import Meter, Progress
 from cnnray.training.sharding import local_part, whole_weights
 
@@ -34,7 +34,9 @@ BatchTransform = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """(B, C, H, W) images, (B,) labels and the step → images, and labels or (B, K) targets."""
 
 FINITE_CHECK_STEPS = 50
-"""Steps between two looks at what all ranks must know: losses that are not finite, wishes."""
+"""Steps between two looks at what all ranks must know, at most: losses not finite, wishes."""
+LOOK_SECONDS = 5.0
+"""Seconds between two looks, about, where steps are slow."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Cadence:
 
     every_steps: int = 0  # optimizer steps, counted over the whole run; 0: not by steps
     is_wished: Callable[[], bool] = lambda: False
-    """Asked on each rank every ``FINITE_CHECK_STEPS``; what one wishes, by its clock, all do."""
+    """Asked on each rank at each look; what one wishes, by its clock, all do."""
 
 
 def run_epochs(
@@ -202,6 +204,8 @@ def _train_epoch(
     if ranks.rank == 0:  # one rank carries on what all had counted
         sums += sums.new_tensor(astuple(begin.tally))
     watch = LossWatch(steps=FINITE_CHECK_STEPS)
+    pace = Pace(trainer.step, seconds=LOOK_SECONDS, most=FINITE_CHECK_STEPS)
+    stride = 1  # steps from one look to the next
     first_seed = _mix(seed, begin.epoch, ranks.rank)
     sizes = data.global_batch_sizes[begin.step :]
     batches = zip(meter.timed(data.batches), sizes, strict=True)
@@ -216,27 +220,31 @@ def _train_epoch(
         meter.step(int(global_batch_size), sums=sums)
         is_due = cadence.every_steps > 0 and trainer.step % cadence.every_steps == 0
         # By count, not by time: all ranks must agree.
-        is_checked = trainer.step % FINITE_CHECK_STEPS == 0
-        if (is_due or is_checked) and step + 1 < len(data.global_batch_sizes):
+        is_looked = trainer.step % stride == 0
+        if (is_due or is_looked) and step + 1 < len(data.global_batch_sizes):
             is_wished = is_due or cadence.is_wished()
-            tally, is_due = _agree(trainer, sums, is_wished=is_wished, watch=watch, ranks=ranks)
+            tally, is_due, stride = _agree(
+                trainer, sums, is_wished=is_wished, pace=pace, watch=watch, ranks=ranks
+            )
             if is_due:
                 yield Place(begin.epoch, step + 1, tally)
-    tally, _ = _agree(trainer, sums, is_wished=True, watch=watch, ranks=ranks)
+    tally, *_ = _agree(trainer, sums, is_wished=True, pace=pace, watch=watch, ranks=ranks)
     return tally
 
 
 def _agree(
-    trainer: Trainer, sums: Tensor, *, is_wished: bool, watch: LossWatch, ranks: Ranks
-) -> tuple[Tally, bool]:
-    """The sums over all ranks, and whether one of them wishes a checkpoint.
+    trainer: Trainer, sums: Tensor, *, is_wished: bool, pace: Pace, watch: LossWatch, ranks: Ranks
+) -> tuple[Tally, bool, int]:
+    """The sums over all ranks, whether one wishes a checkpoint, the steps until the next look.
 
+    Those are rank 0's, by its clock.
     Raises ``NonFiniteLossError`` on all ranks, also when the weights that would be saved are not
     finite: the loss would tell only one step later.
     """
     spoilt = not _has_finite_weights(trainer)  # of what this rank has of them
-    shared = ranks.reduce(torch.cat([sums, sums.new_tensor([float(is_wished), float(spoilt)])]))
-    *counts, wishes, spoilt_ranks = shared.tolist()
+    stride = pace.look(trainer.step) if ranks.rank == 0 else 0
+    told = sums.new_tensor([float(is_wished), float(spoilt), float(stride)])
+    *counts, wishes, spoilt_ranks, stride = ranks.reduce(torch.cat([sums, told])).tolist()
     if not math.isfinite(counts[0]):
         raise watch.failure(ranks)
     if spoilt_ranks:
@@ -246,7 +254,7 @@ def _agree(
             f"the gradients are not finite in float16 up to step {trainer.step}, at any scale",
             hint="--compute.precision fp32 or bf16, or lower --optimizer.lr",
         )
-    return Tally(*counts), wishes > 0
+    return Tally(*counts), wishes > 0, int(stride)
 
 
 def _has_finite_weights(trainer: Trainer) -> bool:

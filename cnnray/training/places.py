@@ -51,3 +51,22 @@ class Interval:
     def is_over(self) -> bool:
         """Whether it is time."""
         return self.seconds > 0 and self.clock() - self.started >= self.seconds
+
+
+class Pace:
+    """Steps between two looks: about ``seconds`` of training, and ``most`` steps at most."""
+
+    def __init__(
+        self, step: int, *, seconds: float, most: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.seconds = seconds
+        self.most = most
+        self.clock = clock
+        self.step, self.looked = step, clock()
+
+    def look(self, step: int) -> int:
+        """Steps that fit until the next look, if they go on as they went since the last one."""
+        steps, seconds = step - self.step, self.clock() - self.looked
+        self.step, self.looked = step, self.looked + seconds
+        fitting = int(self.seconds * steps / seconds) if seconds > 0 else self.most
+        return max(1, min(self.most, fitting))

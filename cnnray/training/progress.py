@@ -26,6 +26,15 @@ class Progress:
     eta_seconds: float
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """Where a group of workers begins, for people: one each time that it is started."""
+
+    num_workers: int
+    epoch: int
+    step: int
+
+
 class Meter:
     """Times an epoch's steps from ``first_step`` on; emits a ``Progress`` every ``seconds``."""
 

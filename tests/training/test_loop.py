@@ -157,7 +157,7 @@ def test_results_are_means_over_the_samples_of_all_ranks(
     make_trainer: MakeTrainer, make_batch: MakeBatch
 ) -> None:
     # The other rank had 4 samples, a loss sum of 100 and none right (and finite weights).
-    other = torch.tensor([100.0, 0.0, 4.0, 1.0, 0.0], dtype=torch.float64)
+    other = torch.tensor([100.0, 0.0, 4.0, 1.0, 0.0, 0.0], dtype=torch.float64)
     trainer = make_trainer(lr=0.0)
     batch = make_batch(8, seed=1)
     data = EpochData([batch], np.array([12]), [batch])

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import cnnray.training.loop as loop
 from cnnray.datasets.order import Batch, Unit, assemble, lanes_of, permutation, plan_epoch
 from cnnray.datasets.order import row_groups_of as groups_of
 from cnnray.errors import NonFiniteLossError
@@ -35,7 +36,7 @@ from cnnray.training.loop import (
 )
 from cnnray.training.optimizers import restore_optimizer
 from cnnray.training.order_log import OrderLog, remove_order
-from cnnray.training.places import Interval, Place, Tally
+from cnnray.training.places import Interval, Pace, Place, Tally
 
 MakeTrainer = Callable[..., Trainer]
 MakeBatch = Callable[..., Batch]
@@ -178,8 +179,9 @@ def long_epoch(make_batch: MakeBatch, steps: int) -> EpochData:
 
 
 def test_wishes_are_asked_for_at_fixed_steps_and_the_wish_of_another_rank_is_ours(
-    make_trainer: MakeTrainer, make_batch: MakeBatch
+    make_trainer: MakeTrainer, make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(loop, "LOOK_SECONDS", 1e9)  # however slow this machine is
     steps = 3 * FINITE_CHECK_STEPS
     data = long_epoch(make_batch, steps)
     trainer = make_trainer()
@@ -190,8 +192,8 @@ def test_wishes_are_asked_for_at_fixed_steps_and_the_wish_of_another_rank_is_our
         return False
 
     def reduce(shared: torch.Tensor) -> torch.Tensor:
-        if trainer.step == 2 * FINITE_CHECK_STEPS and len(shared) == 5:
-            return shared + torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0])
+        if trainer.step == 2 * FINITE_CHECK_STEPS and len(shared) == 6:
+            return shared + torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0, 0.0])
         return shared
 
     reached = run_epochs(
@@ -205,7 +207,54 @@ def test_wishes_are_asked_for_at_fixed_steps_and_the_wish_of_another_rank_is_our
     )
     [place, _] = reached
     assert (place.step, place.tally.num_samples) == (2 * FINITE_CHECK_STEPS, 4 * FINITE_CHECK_STEPS)
-    assert asked == [FINITE_CHECK_STEPS, 2 * FINITE_CHECK_STEPS]
+    assert asked == [1, FINITE_CHECK_STEPS, 2 * FINITE_CHECK_STEPS]
+
+
+@pytest.mark.parametrize(("rank", "looks"), [(0, list(range(1, 12))), (1, [1, 4, 8])])
+def test_slow_steps_are_looked_at_more_often_as_rank_0_says(
+    make_trainer: MakeTrainer,
+    make_batch: MakeBatch,
+    monkeypatch: pytest.MonkeyPatch,
+    rank: int,
+    looks: list[int],
+) -> None:
+    monkeypatch.setattr(loop, "LOOK_SECONDS", 0.0)  # every step is slow
+    data = long_epoch(make_batch, 12)
+    trainer = make_trainer()
+    asked: list[int] = []
+
+    def no_wish() -> bool:
+        asked.append(trainer.step)
+        return False
+
+    def reduce(shared: torch.Tensor) -> torch.Tensor:  # rank 0, where this is another, says 4
+        return shared + torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 4.0 * rank])[: len(shared)]
+
+    list(
+        run_epochs(
+            trainer,
+            first_epoch=0,
+            epochs=1,
+            data=lambda _: data,
+            seed=0,
+            cadence=Cadence(is_wished=no_wish),
+            rank=rank,
+            reduce=reduce,
+        )
+    )
+    assert asked == looks
+
+
+def test_a_pace_is_of_the_steps_since_the_last_look() -> None:
+    now = 100.0
+    pace = Pace(7, seconds=5, most=50, clock=lambda: now)
+    now += 20.0
+    assert pace.look(8) == 1  # one step took 20 s
+    now += 0.5
+    assert pace.look(9) == 10
+    now += 1.0
+    assert pace.look(19) == 50
+    assert pace.look(69) == 50  # in no time
 
 
 def test_an_interval_is_over_once_its_seconds_have_passed_since_the_last_restart() -> None:
@@ -228,8 +277,9 @@ def message(reached: Iterator[Any]) -> str:
 
 
 def test_a_loss_of_nan_is_named_by_its_step_and_its_samples(
-    make_trainer: MakeTrainer, make_batch: MakeBatch
+    make_trainer: MakeTrainer, make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(loop, "LOOK_SECONDS", 1e9)
     steps = FINITE_CHECK_STEPS + 20
     batches = [make_batch(8, seed=step) for step in range(steps)]
     trainer = make_trainer()
