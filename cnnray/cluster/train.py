@@ -42,6 +42,7 @@ from cnnray.training.checkpoints import (
 )
 from cnnray.training.network import Network, plan_preprocessing
 from cnnray.training.resizing import require_size
+from cnnray.training.tracking import TRACKING_KEY, Tracking, check_tracking, open_tracking
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ RESUMABLE = {
     "ingest",
     "scaling",
     "checkpoint",
+    "tracking",
     "overwrite",
     "order_log",
 }
@@ -70,6 +72,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     """
     started = time.perf_counter()
     data, output = open_store(settings.data), open_store(settings.output)
+    check_tracking(**settings.tracking.model_dump())
     manifest = read_manifest(data)
     network = _plan_network(settings, manifest)
     _try_network(network, settings)
@@ -99,8 +102,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             resources.cpus,
             resources.threads,
         )
-        _fit(job, resources)
-    return _finish(job, manifest=manifest, output=output, seconds=time.perf_counter() - started)
+        with _open_tracking(job, output) as tracking:
+            _fit(job, resources, tracking)
+            return _finish(job, tracking, manifest=manifest, output=output, started=started)
 
 
 def _plan_network(settings: TrainSettings, manifest: Manifest) -> Network:
@@ -161,6 +165,7 @@ def _claim_output(
             output.delete(key)
         delete_checkpoints(run)
         run.delete(SETTINGS_KEY)
+        run.delete(TRACKING_KEY)
     elif output.head(DOCUMENT_KEY) is not None:
         raise UsageError(
             f"{output.uri} holds a bundle already",
@@ -188,7 +193,17 @@ def _warn_of_local_paths(settings: TrainSettings) -> None:
         )
 
 
-def _fit(job: TrainJob, resources: WorkerResources) -> None:
+def _open_tracking(job: TrainJob, output: Store) -> Tracking:
+    settings = job.settings
+    return open_tracking(
+        job.run,
+        name=f"{output.uri.rsplit('/', 1)[-1]}-{settings.run_name}",
+        parameters=settings.model_dump(mode="json", exclude={"cluster", "tracking"}),
+        **settings.tracking.model_dump(),
+    )
+
+
+def _fit(job: TrainJob, resources: WorkerResources, tracking: Tracking) -> None:
     """Run the workers to the end; raises what stopped them."""
     scaling = job.settings.scaling
     reservation = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
@@ -214,7 +229,7 @@ def _fit(job: TrainJob, resources: WorkerResources) -> None:
             ),
         )
         with (
-            TrainingDisplay(job.settings.cluster.progress_seconds) as display,
+            TrainingDisplay(job.settings.cluster.progress_seconds, tracking.epoch) as display,
             BoardReader(job.board, display.show),
         ):
             try:
@@ -231,7 +246,9 @@ def _worker_failure(error: Exception) -> CnnrayError:
     return CnnrayError(f"training failed: {last_line(error)}")
 
 
-def _finish(job: TrainJob, *, manifest: Manifest, output: Store, seconds: float) -> dict[str, Any]:
+def _finish(
+    job: TrainJob, tracking: Tracking, *, manifest: Manifest, output: Store, started: float
+) -> dict[str, Any]:
     """Write the bundle of the best epoch and say what came out."""
     last = load_latest(job.run)
     if last is None or not last.history:
@@ -250,7 +267,7 @@ def _finish(job: TrainJob, *, manifest: Manifest, output: Store, seconds: float)
     )
     speed = [result["samples_per_second"] for result in last.history]
     waits = [result["data_wait_fraction"] for result in last.history]
-    return {
+    result = {
         "bundle": output.uri,
         "model": digest,
         "epochs": last.epochs_done,
@@ -262,8 +279,10 @@ def _finish(job: TrainJob, *, manifest: Manifest, output: Store, seconds: float)
         "diagnosis": provenance["diagnosis"],
         "samples_per_second": round(sum(speed) / len(speed), 1),
         "data_wait_fraction": round(sum(waits) / len(waits), 4),
-        "seconds": round(seconds, 1),
+        "seconds": round(time.perf_counter() - started, 1),
     }
+    tracking.finish(result, history=last.history)
+    return result
 
 
 def _provenance(

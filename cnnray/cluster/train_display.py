@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from cnnray.console import ProgressLine, format_seconds
+from cnnray.training.loop import EpochResult
 from cnnray.training.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 
 class TrainingDisplay(ProgressLine):
-    """Prints the messages of the workers."""
+    """Prints the messages of the workers, and hands on the results of epochs."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, on_epoch: Callable[[EpochResult], None]) -> None:
         super().__init__(total=0, unit="step", label="train", seconds=seconds)
+        self.on_epoch = on_epoch
 
     def show(self, message: Any) -> None:
         """A ``Progress``, an ``EpochResult`` or the text of a worker's warning."""
@@ -25,6 +28,7 @@ class TrainingDisplay(ProgressLine):
             self._show_progress(message)
         else:
             logger.info("%s", _epoch_line(message))
+            self.on_epoch(message)
 
     def _show_progress(self, progress: Progress) -> None:
         note = (

@@ -29,6 +29,7 @@ from cnnray.config.sections import (
     ScalingSettings,
     ScheduleSettings,
     SplitSettings,
+    TrackingSettings,
 )
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "ScheduleSettings",
     "Settings",
     "SplitSettings",
+    "TrackingSettings",
     "TrainSettings",
     "VerifySettings",
     "load_settings",
