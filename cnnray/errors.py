@@ -19,8 +19,16 @@
 ``ImageError`` is not a job's failure: it is what is wrong with one image, and becomes a row.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
+
+_USER_INFO = re.compile(r"//[^/?#\s]*@")
+
+
+def hide_credentials(text: str) -> str:
+    """What a message or a document may hold of a text: the user info of addresses is left out."""
+    return _USER_INFO.sub("//", text)
 
 
 class CnnrayError(Exception):

@@ -61,10 +61,13 @@ from cnnray.training.distillation import TeacherBundle, find_teacher
 from cnnray.training.loop import EpochResult
 from cnnray.training.network import Network, plan_preprocessing
 from cnnray.training.resizing import require_size
+from cnnray.training.tracking import TRACKING_KEY, Tracking, check_tracking, open_tracking
 
 logger = logging.getLogger(__name__)
 
 SETTINGS_KEY = "settings.json"
+
+OnEpoch = Callable[[EpochResult], None]
 
 RESUMABLE = {
     "data",  # known by its digest
@@ -75,15 +78,14 @@ RESUMABLE = {
     "ingest",
     "scaling",
     "checkpoint",
+    "tracking",
     "overwrite",
     "order_log",
 }
 """Settings that may change between a run and its continuation."""
 
 
-def train(
-    settings: TrainSettings, *, on_epoch: Callable[[EpochResult], None] = lambda result: None
-) -> dict[str, Any]:
+def train(settings: TrainSettings, *, on_epoch: OnEpoch = lambda result: None) -> dict[str, Any]:
     """Train, and write the bundle of the best epoch. Returns the job's result.
 
     ``on_epoch`` is called on a thread of its own.
@@ -100,6 +102,7 @@ def train(
         has_average=settings.ema.decay > 0,
     )
     data, output, run = open_store(settings.data), open_store(settings.output), run_folder(settings)
+    check_tracking(**settings.tracking.model_dump())
     manifest = read_manifest(data)
     network = _plan_network(settings, manifest)
     _try_network(network, settings)
@@ -130,8 +133,9 @@ def train(
             resources.cpus,
             resources.threads,
         )
-        _fit(job, resources, on_epoch=on_epoch)
-    return _finish(job, manifest=manifest, output=output, seconds=time.perf_counter() - started)
+        with _open_tracking(job, output) as tracking:
+            _fit(job, resources, on_epoch=_in_turn(tracking.epoch, on_epoch))
+            return _finish(job, tracking, manifest=manifest, output=output, started=started)
 
 
 def run_folder(settings: TrainSettings) -> Store:
@@ -219,6 +223,7 @@ def _claim_output(
             output.delete(key)
         delete_checkpoints(run)
         run.delete(SETTINGS_KEY)
+        run.delete(TRACKING_KEY)
     elif output.head(DOCUMENT_KEY) is not None:
         raise UsageError(
             f"{output.uri} holds a bundle already",
@@ -266,9 +271,27 @@ def _warn_of_local_paths(settings: TrainSettings) -> None:
         )
 
 
-def _fit(
-    job: TrainJob, resources: WorkerResources, *, on_epoch: Callable[[EpochResult], None]
-) -> None:
+def _open_tracking(job: TrainJob, output: Store) -> Tracking:
+    settings = job.settings
+    return open_tracking(
+        job.run,
+        name=f"{output.uri.rsplit('/', 1)[-1]}-{settings.run_name}",
+        parameters=settings.model_dump(mode="json", exclude={"cluster", "tracking"}),
+        **settings.tracking.model_dump(),
+    )
+
+
+def _in_turn(*listeners: OnEpoch) -> OnEpoch:
+    """One listener that tells several."""
+
+    def tell(result: EpochResult) -> None:
+        for listener in listeners:
+            listener(result)
+
+    return tell
+
+
+def _fit(job: TrainJob, resources: WorkerResources, *, on_epoch: OnEpoch) -> None:
     """Run the workers to the end; raises what stopped them."""
     with tempfile.TemporaryDirectory(prefix="cnnray-train-") as ray_state:
         trainer = ElasticTrainer(
@@ -292,7 +315,7 @@ def _fit(
             ),
         )
         with (
-            TrainingDisplay(job.settings.cluster.progress_seconds, on_epoch=on_epoch) as display,
+            TrainingDisplay(job.settings.cluster.progress_seconds, on_epoch) as display,
             BoardReader(job.board, display.show),
         ):
             try:
@@ -310,7 +333,9 @@ def _worker_failure(error: Exception) -> CnnrayError:
     return CnnrayError(f"training failed: {last_line(error)}")
 
 
-def _finish(job: TrainJob, *, manifest: Manifest, output: Store, seconds: float) -> dict[str, Any]:
+def _finish(
+    job: TrainJob, tracking: Tracking, *, manifest: Manifest, output: Store, started: float
+) -> dict[str, Any]:
     """Write the bundle of the best epoch and say what came out."""
     last = load_latest(job.run)
     if last is None or not last.history:
@@ -329,7 +354,7 @@ def _finish(job: TrainJob, *, manifest: Manifest, output: Store, seconds: float)
     )
     speed = [result["samples_per_second"] for result in last.history]
     waits = [result["data_wait_fraction"] for result in last.history]
-    return {
+    result = {
         "bundle": output.uri,
         "model": digest,
         "epochs": last.epochs_done,
@@ -341,8 +366,10 @@ def _finish(job: TrainJob, *, manifest: Manifest, output: Store, seconds: float)
         "diagnosis": provenance["diagnosis"],
         "samples_per_second": round(sum(speed) / len(speed), 1),
         "data_wait_fraction": round(sum(waits) / len(waits), 4),
-        "seconds": round(seconds, 1),
+        "seconds": round(time.perf_counter() - started, 1),
     }
+    tracking.finish(result, history=last.history)
+    return result
 
 
 def _provenance(

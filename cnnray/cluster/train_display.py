@@ -14,9 +14,9 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingDisplay(ProgressLine):
-    """Prints the messages of the workers."""
+    """Prints the messages of the workers, and hands on the results of epochs."""
 
-    def __init__(self, seconds: float, *, on_epoch: Callable[[EpochResult], None]) -> None:
+    def __init__(self, seconds: float, on_epoch: Callable[[EpochResult], None]) -> None:
         super().__init__(total=0, unit="step", label="train", seconds=seconds)
         self.on_epoch = on_epoch
 

@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 SETTINGS_KEY = "tuning.json"
 
 OWN = {"config", "data", "output", "run_name", "overwrite", "order_log"}
-OWN |= {"cluster", "scaling", "ingest", "checkpoint"}
+OWN |= {"cluster", "scaling", "ingest", "checkpoint", "tracking"}
 """Settings of the whole job, which no trial may choose and a continuation may change."""
 
 

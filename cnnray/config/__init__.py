@@ -32,6 +32,7 @@ from cnnray.config.sections import (
     ScalingSettings,
     ScheduleSettings,
     SplitSettings,
+    TrackingSettings,
 )
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "ScheduleSettings",
     "Settings",
     "SplitSettings",
+    "TrackingSettings",
     "TrainSettings",
     "TuneSettings",
     "VerifySettings",

@@ -32,6 +32,7 @@ from cnnray.config.sections import (
     ScalingSettings,
     ScheduleSettings,
     SplitSettings,
+    TrackingSettings,
 )
 
 
@@ -116,6 +117,7 @@ class TrainSettings(JobSettings):
     early_stopping: EarlyStoppingSettings = EarlyStoppingSettings()
     scaling: ScalingSettings = ScalingSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    tracking: TrackingSettings = TrackingSettings()
     limits: LimitSettings = LimitSettings()
     order_log: str | None = None
     """folder to write (epoch, step, rank, key) of every sample to, as Parquet"""

@@ -9,7 +9,17 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+
+from cnnray.errors import hide_credentials
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -371,3 +381,25 @@ class CheckpointSettings(Section):
     """latest ones after epochs that are kept (the best one, and two inside epochs, besides)"""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """restarts from the last checkpoint after a worker died, not counting nodes that gave notice"""
+
+
+class TrackingSettings(Section):
+    """Where the curves of training go besides the log; nowhere by default."""
+
+    mlflow: str | None = Field(default=None, min_length=1, repr=False)
+    """MLflow's tracking URI, such as http://HOST:5000 (not to MLflow; needs the mlflow extra)"""
+    experiment: Annotated[str, Field(min_length=1, max_length=500)] = "cnnray"
+    """experiment in MLflow that the run is put into; made when there is none"""
+    tensorboard: str | None = Field(default=None, min_length=1)
+    """local folder with a subfolder of events for each run (not to TensorBoard)"""
+
+    @field_validator("tensorboard")
+    @classmethod
+    def _local_folder(cls, folder: str | None) -> str | None:
+        if folder is not None and "://" in folder:
+            raise ValueError("events are written to a local folder")
+        return folder
+
+    @field_serializer("mlflow", when_used="json")
+    def _without_credentials(self, uri: str | None) -> str | None:
+        return None if uri is None else hide_credentials(uri)

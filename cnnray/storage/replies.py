@@ -13,6 +13,7 @@ from cnnray.errors import (
     ChangedObjectError,
     MissingObjectError,
     StorageError,
+    hide_credentials,
 )
 from cnnray.storage.base import shown
 
@@ -41,7 +42,6 @@ TRANSIENT_KINDS = {
 }
 
 _PLAIN_MD5 = re.compile(r"[0-9a-f]{32}", re.ASCII)
-_USER_INFO = re.compile(r"//[^/@\s]*@")
 
 
 class Fault(enum.Enum):
@@ -129,7 +129,7 @@ def error_code(error: BaseException | None) -> str:
 
 def reason(error: BaseException) -> str:
     """What a library says of an error: one bounded line, without credentials of an address."""
-    text = _USER_INFO.sub("//", " ".join(str(error).split())) or type(error).__name__
+    text = hide_credentials(" ".join(str(error).split())) or type(error).__name__
     return shown(text)[:MAX_REASON]
 
 

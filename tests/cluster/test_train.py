@@ -117,6 +117,35 @@ def test_a_run_that_stopped_goes_on_where_it_was_and_ends_as_if_it_had_not(run_t
     assert resumed.batches(2) == trained.batches(2)
 
 
+def test_mlflow_and_tensorboard_have_the_epochs_of_a_run_that_stopped_and_went_on(
+    run_training, monkeypatch, tmp_path
+):
+    from mlflow import MlflowClient
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database needs the whole package
+    uri, curves = str(tmp_path / "runs"), tmp_path / "curves"
+    tracking = {"mlflow": uri, "tensorboard": str(curves)}
+    first = run_training(epochs=1, tracking=tracking)
+    for name in ("model.json", "model.safetensors"):  # stopped before the bundle was written
+        (first.folder / name).unlink()
+    resumed = run_training(output=str(first.folder), epochs=3, tracking=tracking)
+    expected = [(epoch["step"], epoch["val_loss"]) for epoch in resumed.history]
+    [tracked] = MlflowClient(uri).search_runs(
+        [MlflowClient(uri).get_experiment_by_name("cnnray").experiment_id]
+    )
+    assert tracked.info.status == "FINISHED"
+    assert tracked.data.params["optimizer.name"] == "sgd"
+    assert tracked.data.tags["cnnray.model"] == resumed.result["model"]
+    points = MlflowClient(uri).get_metric_history(tracked.info.run_id, "val_loss")
+    assert [(point.step, point.value) for point in points] == expected
+    [folder] = curves.iterdir()
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("val_loss")]
+    assert shown == [(step, pytest.approx(loss)) for step, loss in expected]
+
+
 def test_other_settings_do_not_continue_a_run(run_training, trained, tmp_path):
     shutil.copytree(trained.folder / "training", tmp_path / "training")
     with pytest.raises(ConflictError, match="other settings: optimizer, seed"):
