@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable
 from typing import Any
 
 import ray.train
@@ -36,53 +35,25 @@ from cnnray.cluster.runtime import (
     ray_cluster,
 )
 from cnnray.cluster.train_data import make_readers
-from cnnray.cluster.train_display import TrainingDisplay
-from cnnray.cluster.train_worker import TrainJob, make_optimizer, plan_resizing, train_worker
+from cnnray.cluster.train_display import OnEpoch, TrainingDisplay
+from cnnray.cluster.train_plan import TrainPlan, plan_training
+from cnnray.cluster.train_worker import TrainJob, train_worker
 from cnnray.config import TrainSettings
-from cnnray.datasets.manifest import Manifest, get_split, read_manifest
-from cnnray.datasets.order import NUM_LANES
+from cnnray.datasets.manifest import Manifest
 from cnnray.errors import (
     CnnrayError,
-    ConflictError,
-    DataError,
-    SettingsError,
-    UsageError,
 )
 from cnnray.evaluation.doctor import diagnose, read_run
-from cnnray.models.bundle import DOCUMENT_KEY, WEIGHTS_KEY, save_bundle
-from cnnray.storage import Store, child, encode_json, open_store, read_json, sha256, split_uri
+from cnnray.models.bundle import save_bundle
+from cnnray.storage import Store, open_store, sha256
 from cnnray.training.checkpoints import (
-    delete_checkpoints,
     load_checkpoint,
     load_latest,
 )
-from cnnray.training.compute import require_computable
-from cnnray.training.distillation import TeacherBundle, find_teacher
 from cnnray.training.loop import EpochResult
-from cnnray.training.network import Network, plan_preprocessing
-from cnnray.training.resizing import require_size
-from cnnray.training.tracking import TRACKING_KEY, Tracking, check_tracking, open_tracking
+from cnnray.training.tracking import Tracking, open_tracking
 
 logger = logging.getLogger(__name__)
-
-SETTINGS_KEY = "settings.json"
-
-OnEpoch = Callable[[EpochResult], None]
-
-RESUMABLE = {
-    "data",  # known by its digest
-    "output",  # where the run is found
-    "epochs",
-    "early_stopping",
-    "cluster",
-    "ingest",
-    "scaling",
-    "checkpoint",
-    "tracking",
-    "overwrite",
-    "order_log",
-}
-"""Settings that may change between a run and its continuation."""
 
 
 def train(settings: TrainSettings, *, on_epoch: OnEpoch = lambda result: None) -> dict[str, Any]:
@@ -94,174 +65,37 @@ def train(settings: TrainSettings, *, on_epoch: OnEpoch = lambda result: None) -
     ``ConflictError`` when the run exists with other settings, ``NonFiniteLossError``.
     """
     started = time.perf_counter()
-    require_computable(
-        **settings.compute.model_dump(),
-        num_workers=settings.scaling.max_workers,
-        use_gpu=settings.scaling.use_gpu,
-        accumulate_steps=settings.accumulate_steps,
-        has_average=settings.ema.decay > 0,
-    )
-    data, output, run = open_store(settings.data), open_store(settings.output), run_folder(settings)
-    check_tracking(**settings.tracking.model_dump())
-    manifest = read_manifest(data)
-    network = _plan_network(settings, manifest)
-    _try_network(network, settings)
-    teacher = _find_teacher(settings, network)
-    _claim_output(settings, output=output, run=run, manifest=manifest, teacher=teacher)
+    plan = plan_training(settings)
     with ray_cluster(settings.cluster):
         resources = plan_workers(settings.scaling)
         _warn_of_local_paths(settings)
-        readers = make_readers(data, manifest, settings, network, num_workers=resources.num_workers)
+        readers = make_readers(
+            plan.data, plan.manifest, settings, plan.network, num_workers=resources.num_workers
+        )
         job = TrainJob(
             settings=settings,
-            network=network,
+            network=plan.network,
             train=readers["train"],
             val=readers.get("val"),
-            run=run,
+            run=plan.run,
             order_log=None if settings.order_log is None else open_store(settings.order_log),
             threads=resources.threads,
             board=start_board(),
-            teacher=teacher,
+            teacher=plan.teacher,
         )
         logger.info(
             "training %s on %s images of %d classes, %d px, %s workers of %g CPUs and %d threads",
-            network.name,
-            f"{manifest.splits['train'].num_samples:,}",
-            len(manifest.classes),
-            network.preprocessing.size,
+            plan.network.name,
+            f"{plan.manifest.splits['train'].num_samples:,}",
+            len(plan.manifest.classes),
+            plan.network.preprocessing.size,
             settings.scaling.num_workers,
             resources.cpus,
             resources.threads,
         )
-        with _open_tracking(job, output) as tracking:
+        with _open_tracking(job, plan.output) as tracking:
             _fit(job, resources, on_epoch=_in_turn(tracking.epoch, on_epoch))
-            return _finish(job, tracking, manifest=manifest, output=output, started=started)
-
-
-def run_folder(settings: TrainSettings) -> Store:
-    """Where a run keeps its checkpoints."""
-    return child(open_store(settings.output), f"training/{settings.run_name}")
-
-
-def _plan_network(settings: TrainSettings, manifest: Manifest) -> Network:
-    train_split = get_split(manifest, "train", uri=settings.data)
-    if len(manifest.classes) < 2:
-        raise DataError(f"{settings.data} has one class: nothing to tell apart")
-    empty = [
-        name for name, n in zip(manifest.classes, train_split.class_counts, strict=True) if not n
-    ]
-    if empty:
-        logger.warning("%d classes have no training image: %s", len(empty), ", ".join(empty[:5]))
-    smallest = min(settings.global_batch_size, train_split.num_samples)
-    most = settings.scaling.max_workers
-    if smallest < most:
-        raise SettingsError(
-            f"{most} workers share batches of {smallest} images",
-            hint="lower --scaling.num_workers or raise --global_batch_size",
-        )
-    if most > NUM_LANES:
-        raise SettingsError(
-            f"{most} workers share the {NUM_LANES} lanes of the order",
-            hint='lower --scaling.num_workers (in YAML, MIN:MAX needs quotes: "MIN:MAX")',
-        )
-    preprocessing = plan_preprocessing(
-        settings.model.name,
-        manifest.statistics,
-        pretrained=settings.model.weights is not None,
-        **settings.image.model_dump(exclude={"progressive"}),
-    )
-    return Network(
-        name=settings.model.name,
-        classes=manifest.classes,
-        preprocessing=preprocessing,
-        weights=_absolute(settings.model.weights),
-        freeze_backbone=settings.model.freeze == "backbone",
-        seed=settings.seed,
-        dropout=settings.model.dropout,
-        drop_path=settings.model.drop_path,
-    )
-
-
-def _try_network(network: Network, settings: TrainSettings) -> None:
-    """Find a wrong name, size, weights file or optimizer before anything is started."""
-    classifier = network.build()
-    make_optimizer(settings, classifier)
-    if settings.image.progressive < 1:
-        size = plan_resizing(settings, network, steps_per_epoch=1).size_in(0)
-        require_size(classifier, channels=network.preprocessing.channels, size=size)
-
-
-def _find_teacher(settings: TrainSettings, network: Network) -> TeacherBundle | None:
-    if settings.distill.teacher is None:
-        return None
-    return find_teacher(settings.distill.teacher, classes=network.classes)
-
-
-def _absolute(path: str | None) -> str | None:
-    """The same file for a worker, whose working folder is another one."""
-    if path is None:
-        return None
-    store, key = split_uri(path)
-    return f"{store.uri}/{key}"
-
-
-def _claim_output(
-    settings: TrainSettings,
-    *,
-    output: Store,
-    run: Store,
-    manifest: Manifest,
-    teacher: TeacherBundle | None,
-) -> None:
-    """Make sure that what is at output is this run, or nothing."""
-    if teacher is not None and teacher.store.uri == output.uri:
-        raise SettingsError(
-            f"the teacher is at --output: {output.uri}", hint="choose another --output"
-        )
-    if settings.overwrite:
-        for key in (DOCUMENT_KEY, WEIGHTS_KEY):
-            output.delete(key)
-        delete_checkpoints(run)
-        run.delete(SETTINGS_KEY)
-        run.delete(TRACKING_KEY)
-    elif output.head(DOCUMENT_KEY) is not None:
-        raise UsageError(
-            f"{output.uri} holds a bundle already",
-            hint="choose another --output, or --overwrite",
-        )
-    identity = _identity(settings)
-    identity["dataset_sha256"] = sha256(manifest.to_bytes())
-    if teacher is not None:
-        identity["distill"]["teacher"] = teacher.digest  # which one it is, not where
-    if run.head(SETTINGS_KEY) is None:
-        run.create(SETTINGS_KEY, encode_json(identity))
-        return
-    defaults = _identity(TrainSettings(data=settings.data, output=settings.output))
-    found = _with_defaults(read_json(run, SETTINGS_KEY), defaults)
-    changed = sorted(name for name in identity if found.get(name) != identity[name])
-    if changed:
-        raise ConflictError(
-            f"run {settings.run_name} at {output.uri} was started with other settings:"
-            f" {', '.join(changed)}",
-            hint="choose another --run_name, or --overwrite to start anew",
-        )
-
-
-def _identity(settings: TrainSettings) -> dict[str, Any]:
-    """What must stay between a run and its continuation."""
-    return settings.model_dump(
-        mode="json", exclude=dict.fromkeys(RESUMABLE, True) | {"compute": {"strategy"}}
-    )
-
-
-def _with_defaults(found: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """``found``, and the defaults of settings that there were not yet when it was written."""
-    sections = {
-        name: _with_defaults(found.get(name, {}), default)
-        for name, default in defaults.items()
-        if isinstance(default, dict)
-    }
-    return defaults | found | sections
+            return _finish(job, plan, tracking, started=started)
 
 
 def _warn_of_local_paths(settings: TrainSettings) -> None:
@@ -334,7 +168,7 @@ def _worker_failure(error: Exception) -> CnnrayError:
 
 
 def _finish(
-    job: TrainJob, tracking: Tracking, *, manifest: Manifest, output: Store, started: float
+    job: TrainJob, plan: TrainPlan, tracking: Tracking, *, started: float
 ) -> dict[str, Any]:
     """Write the bundle of the best epoch and say what came out."""
     last = load_latest(job.run)
@@ -346,16 +180,16 @@ def _finish(
     classifier = job.network.build(with_weights=False)
     classifier.load_state_dict(best.model)
     metrics = dict(last.history[last.best_epoch])
-    provenance = _provenance(job, manifest, history=last.history)
+    provenance = _provenance(job, plan.manifest, history=last.history)
     digest = save_bundle(
-        output,
+        plan.output,
         classifier,
         job.network.describe(metrics=metrics, provenance=provenance),
     )
     speed = [result["samples_per_second"] for result in last.history]
     waits = [result["data_wait_fraction"] for result in last.history]
     result = {
-        "bundle": output.uri,
+        "bundle": plan.output.uri,
         "model": digest,
         "epochs": last.epochs_done,
         "best_epoch": last.best_epoch + 1,

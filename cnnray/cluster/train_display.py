@@ -12,11 +12,14 @@ from cnnray.training.progress import Beginning, Progress
 
 logger = logging.getLogger(__name__)
 
+OnEpoch = Callable[[EpochResult], None]
+"""Called with the result of each epoch, on a thread of its own."""
+
 
 class TrainingDisplay(ProgressLine):
     """Prints the messages of the workers, and hands on the results of epochs."""
 
-    def __init__(self, seconds: float, on_epoch: Callable[[EpochResult], None]) -> None:
+    def __init__(self, seconds: float, on_epoch: OnEpoch) -> None:
         super().__init__(total=0, unit="step", label="train", seconds=seconds)
         self.on_epoch = on_epoch
 

@@ -16,7 +16,8 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from cnnray import __version__
 from cnnray.cluster.runtime import node_resources, ray_cluster, share_of_cpus
-from cnnray.cluster.train import run_folder, train
+from cnnray.cluster.train import train
+from cnnray.cluster.train_plan import run_folder
 from cnnray.cluster.tune_trials import SCORE, TrialLog, TrialPlan, TrialSearcher, run_trial
 from cnnray.config import TrainSettings, TuneSettings, build_settings, check_names
 from cnnray.datasets.manifest import read_manifest

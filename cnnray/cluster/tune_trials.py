@@ -18,7 +18,8 @@ import ray.tune
 from ray.tune.search import Searcher
 
 from cnnray.cluster.runtime import last_line
-from cnnray.cluster.train import run_folder, train
+from cnnray.cluster.train import train
+from cnnray.cluster.train_plan import run_folder
 from cnnray.config import TrainSettings
 from cnnray.errors import ModelError, NonFiniteLossError, SettingsError
 from cnnray.models.bundle import DOCUMENT_KEY

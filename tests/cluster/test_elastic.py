@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import cnnray.cluster.elastic as elastic
-import cnnray.cluster.train as train_module
+import cnnray.cluster.train_plan as plan_module
 from cnnray.training.network import Network
 
 pytestmark = [
@@ -114,7 +114,7 @@ def test_a_run_begins_with_the_one_worker_that_fits_and_goes_on_with_two_once_a_
         wait_until((tmp_path / "begun").exists)
         cluster.add_node(num_cpus=2, object_store_memory=100_000_000)
 
-    monkeypatch.setattr(train_module, "Network", network_that(take_time_alone))
+    monkeypatch.setattr(plan_module, "Network", network_that(take_time_alone))
     scaling = {"num_workers": "1:2", "cpus_per_worker": 1.0}
     with ThreadPoolExecutor(1) as helper:
         joined = helper.submit(join)
@@ -146,7 +146,7 @@ def test_a_worker_killed_inside_an_epoch_is_replaced_and_no_sample_is_lost_or_ta
             dead.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(train_module, "Network", network_that(die))
+    monkeypatch.setattr(plan_module, "Network", network_that(die))
     run = run_training(
         epochs=1,
         output=str(tmp_path / "model"),
@@ -188,7 +188,7 @@ def test_a_node_that_gives_notice_has_a_checkpoint_written_from_which_another_go
         gone.touch()
         cluster.add_node(num_cpus=4, object_store_memory=100_000_000)
 
-    monkeypatch.setattr(train_module, "Network", network_that(wait_for_notice_and_the_end))
+    monkeypatch.setattr(plan_module, "Network", network_that(wait_for_notice_and_the_end))
     with ThreadPoolExecutor(1) as helper:
         taken = helper.submit(take_away)
         run = run_training(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-import cnnray.cluster.train as train_module
+import cnnray.cluster.train_plan as plan_module
 from cnnray.cluster.pack import pack
 from cnnray.cluster.train import train
 from cnnray.errors import (
@@ -231,7 +231,7 @@ def test_two_workers_of_which_one_is_killed_go_on_from_the_checkpoint(
     run_training, trained, monkeypatch, tmp_path
 ):
     assert len(trained.batches(0)) < 12  # in the middle of the second epoch
-    monkeypatch.setattr(train_module, "Network", network_that_dies(tmp_path, rank=1, at=12))
+    monkeypatch.setattr(plan_module, "Network", network_that_dies(tmp_path, rank=1, at=12))
     run = run_training(epochs=2, scaling={"num_workers": 2, "cpus_per_worker": 0.5})
     assert (tmp_path / "dead").exists()
     assert run.result["epochs"] == 2
@@ -248,7 +248,7 @@ def dies_after_step_four(tmp_path: Path) -> type[Network]:
 def test_a_worker_killed_inside_an_epoch_goes_on_at_the_step_of_its_checkpoint(
     run_training, trained, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(train_module, "Network", dies_after_step_four(tmp_path))
+    monkeypatch.setattr(plan_module, "Network", dies_after_step_four(tmp_path))
     run = run_training(epochs=1, output=str(tmp_path / "model"), checkpoint={"every_steps": 2})
     assert (tmp_path / "dead").exists()
     steps = len(trained.batches(0))
@@ -262,7 +262,7 @@ def test_two_workers_go_on_at_the_step_where_one_was_killed(
     run_training, trained, monkeypatch, tmp_path
 ):
     places = {"output": str(tmp_path / "model"), "order_log": str(tmp_path / "order")}
-    monkeypatch.setattr(train_module, "Network", dies_after_step_four(tmp_path))
+    monkeypatch.setattr(plan_module, "Network", dies_after_step_four(tmp_path))
     with pytest.raises(CnnrayError):
         run_training(epochs=1, **places, checkpoint={"every_steps": 2, "max_restarts": 0})
     monkeypatch.undo()
