@@ -34,10 +34,11 @@ from cnnray.cluster.runtime import (
     plan_workers,
     ray_cluster,
 )
+from cnnray.cluster.train_build import TrainJob
 from cnnray.cluster.train_data import make_readers
 from cnnray.cluster.train_display import OnEpoch, TrainingDisplay
 from cnnray.cluster.train_plan import TrainPlan, plan_training
-from cnnray.cluster.train_worker import TrainJob, train_worker
+from cnnray.cluster.train_worker import train_worker
 from cnnray.config import TrainSettings
 from cnnray.datasets.manifest import Manifest
 from cnnray.errors import (

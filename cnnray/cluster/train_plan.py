@@ -9,7 +9,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from cnnray.cluster.train_worker import make_optimizer, plan_resizing
+from cnnray.cluster.train_build import make_optimizer, plan_resizing
 from cnnray.config import TrainSettings
 from cnnray.datasets.manifest import Manifest, get_split, read_manifest
 from cnnray.datasets.order import NUM_LANES
