@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pytest
 
-from cnnray.datasets.sources.base import read_each
+from cnnray.datasets.sources.base import READ_TOGETHER, read_each
 from cnnray.datasets.sources.dataset import DatasetSource
 from cnnray.datasets.sources.folder import FolderSource
 from cnnray.datasets.sources.idx import IdxSource
@@ -70,7 +70,7 @@ def test_no_more_is_read_ahead_than_twice_the_readers():
     asked = []
     results = read_each(lambda number: b"%d" % number, (asked.append(n) or n for n in range(1000)))
     next(results)
-    assert len(asked) == 2 * READ_CONCURRENCY
+    assert len(asked) == 2 * READ_CONCURRENCY * READ_TOGETHER
     results.close()
 
 

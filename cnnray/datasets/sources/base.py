@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -112,6 +113,11 @@ def is_hidden(key: str) -> bool:
     return key.startswith(".") or "/." in key
 
 
+READ_TOGETHER = 4
+"""Items that one thread reads in a row: handing a single local file over costs as much as reading
+it does."""
+
+
 def read_each(
     read: Callable[[Item], bytes], items: Iterable[Item]
 ) -> Iterator[bytes | StorageError]:
@@ -120,25 +126,35 @@ def read_each(
     A ``StorageError`` takes the item's place. Raises STORE_FAILURES where the item would come.
     """
 
-    def attempt(item: Item) -> bytes | StorageError:
-        try:
-            return read(item)
-        except STORE_FAILURES:
-            raise
-        except StorageError as error:
-            return error
+    def attempt(run: list[Item]) -> list[bytes | StorageError]:
+        results: list[bytes | StorageError] = []
+        for item in run:
+            try:
+                results.append(read(item))
+            except StorageError as error:
+                results.append(error)
+                if isinstance(error, STORE_FAILURES):
+                    break
+        return results
 
-    pending: deque[Future[bytes | StorageError]] = deque()
+    pending: deque[Future[list[bytes | StorageError]]] = deque()
+    source = iter(items)
     try:
-        for item in items:
-            pending.append(_pool().submit(attempt, item))
+        while run := list(itertools.islice(source, READ_TOGETHER)):
+            pending.append(_pool().submit(attempt, run))
             if len(pending) == 2 * READ_CONCURRENCY:
-                yield pending.popleft().result()
+                yield from map(_or_failure, pending.popleft().result())
         while pending:
-            yield pending.popleft().result()
+            yield from map(_or_failure, pending.popleft().result())
     finally:
         for future in pending:
             future.cancel()
+
+
+def _or_failure(result: bytes | StorageError) -> bytes | StorageError:
+    if isinstance(result, STORE_FAILURES):
+        raise result
+    return result
 
 
 @functools.cache
