@@ -18,7 +18,7 @@ from cnnray import __version__
 from cnnray.cluster.runtime import node_resources, ray_cluster, share_of_cpus
 from cnnray.cluster.train import train
 from cnnray.cluster.train_plan import run_folder
-from cnnray.cluster.tune_trials import SCORE, TrialLog, TrialPlan, TrialSearcher, run_trial
+from cnnray.cluster.tune_trials import SCORE, TrialLog, TrialSearcher, run_trial
 from cnnray.config import TrainSettings, TuneSettings, build_settings, check_names
 from cnnray.datasets.manifest import read_manifest
 from cnnray.errors import ConflictError, DataError, IncompleteError, SettingsError, UsageError
@@ -80,12 +80,7 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
     _claim_output(settings, output, space=space, dataset=sha256(manifest.to_bytes()))
     with ray_cluster(settings.cluster):
         settings, concurrent = plan_concurrency(settings)
-        plan = TrialPlan(
-            output,
-            settings=functools.partial(trial_settings, settings),
-            metric=settings.metric,
-        )
-        searcher = _search(plan, settings, space, concurrent=concurrent)
+        searcher = _search(settings, space, output, concurrent=concurrent)
         best = _best(searcher, settings)
         _keep_bundle(best, settings, output)
     return _finish(searcher, best, settings, space=space, output=output, started=started)
@@ -101,13 +96,11 @@ def _read_space(path: str) -> Space:
 
 def trial_settings(settings: TuneSettings, point: Point) -> TrainSettings:
     """The settings of the trial at a point. Raises ``SettingsError`` for values that do not fit."""
-    own = {
-        "data": open_store(settings.data).uri,  # trials work in folders of their own
-        "output": trial_store(open_store(settings.output), point).uri,
-        "overwrite": False,
-    }
+    output = trial_store(open_store(settings.output), point).uri
+    own = {"data": settings.data, "output": output, "order_log": None, "overwrite": False}
     values = settings.model_dump(include=set(TrainSettings.model_fields))
-    return build_settings(TrainSettings, merge(values, point) | own, where=describe(point))
+    found = build_settings(TrainSettings, merge(values, point) | own, where=describe(point))
+    return found.with_absolute_paths()  # a trial works in a folder of its own
 
 
 def _check_points(settings: TuneSettings, space: Space) -> None:
@@ -181,14 +174,19 @@ def plan_concurrency(settings: TuneSettings) -> tuple[TuneSettings, int]:
 
 
 def _search(
-    plan: TrialPlan, settings: TuneSettings, space: Space, *, concurrent: int
+    settings: TuneSettings, space: Space, output: Store, *, concurrent: int
 ) -> TrialSearcher:
     """Run all trials; those that are over already only repeat what they reported."""
-    known = begun_points(plan.output)
+    known = begun_points(output)
     search = open_search(
         settings.search, space, trials=settings.trials, seed=settings.seed, known=known
     )
-    searcher = TrialSearcher(search, plan)
+    searcher = TrialSearcher(
+        search,
+        output,
+        settings=functools.partial(trial_settings, settings),
+        metric=settings.metric,
+    )
     logger.info(
         "tuning %s over %s: %d trials, %d at a time, %d known from before",
         settings.metric,
@@ -202,7 +200,7 @@ def _search(
     with tempfile.TemporaryDirectory(prefix="cnnray-tune-") as ray_state:
         ray.tune.Tuner(
             ray.tune.with_resources(
-                lambda config: run_trial(plan, config["point"]), {"CPU": 0, here: 0.001}
+                lambda config: run_trial(config["task"]), {"CPU": 0, here: 0.001}
             ),
             tune_config=ray.tune.TuneConfig(
                 metric=SCORE,

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import ray.tune
 from ray.tune.search import Searcher
@@ -31,105 +31,131 @@ from cnnray.tuning.trials import Trial, begin_trial, load_trial, save_trial, sco
 
 logger = logging.getLogger(__name__)
 
-SCORE = "score"
+SCORE, EPOCH = "score", "epoch"
 
 
 @dataclass(frozen=True)
-class TrialPlan:
-    """What all trials share; it travels to each of them."""
+class TrialTask:
+    """One trial; it travels to where it runs."""
 
-    output: Store
-    settings: Callable[[Point], TrainSettings]
+    output: Store  # the search's
+    point: Point
+    settings: TrainSettings
     metric: str
 
+    def load(self) -> Trial | None:
+        """Its record, or None where it is not over."""
+        return load_trial(self.output, self.point)
 
-def run_trial(plan: TrialPlan, point: Point) -> None:
+    def save(self, status: Literal["done", "stopped", "failed"], error: str | None = None) -> Trial:
+        """Make its record from its last checkpoint, and write it."""
+        checkpoint = load_latest(run_folder(self.settings))
+        trial = Trial(self.point, status, error=error)
+        if checkpoint is not None and checkpoint.history:
+            trial = replace(
+                trial,
+                history=checkpoint.history,
+                best_epoch=checkpoint.best_epoch,
+                parameters=sum(tensor.numel() for tensor in checkpoint.model.values()),
+                workers=self.settings.scaling.max_workers,
+            )
+        save_trial(self.output, trial)
+        return trial
+
+    def report(self, epochs: Iterable[Mapping[str, Any]]) -> None:
+        """Tell Ray Tune of epochs; it ends the trial here when it is to go no further."""
+        for epoch in epochs:
+            score = score_of(epoch, self.metric)
+            self._report(-math.inf if score is None else score, epoch["epoch"] + 1)
+
+    def report_failure(self) -> None:
+        """Tell Ray Tune that this is worse than anything."""
+        self._report(-math.inf, 0)
+
+    def _report(self, score: float, epoch: int) -> None:
+        ray.tune.report({SCORE: score, EPOCH: epoch})
+
+
+def run_trial(task: TrialTask) -> None:
     """Train at a point, inside a trial of Ray Tune, from where an earlier try was ended.
 
     Settings that cannot be trained with are a result; whatever else stops it is raised.
     """
-    trial = load_trial(plan.output, point)
+    trial = task.load()
     if trial is not None:
-        for epoch in trial.history:
-            _report(plan, epoch)
-        return
-    settings = plan.settings(point)
-    begun = load_latest(run_folder(settings))
-    for epoch in begun.history if begun else ():
-        _report(plan, epoch)
-    try:
-        if trial_store(plan.output, point).head(DOCUMENT_KEY) is None:
-            train(settings, on_epoch=lambda result: _report(plan, result.to_dict()))
-    except (NonFiniteLossError, ModelError, SettingsError) as error:
-        save_trial(plan.output, read_trial(plan, point, status="failed", error=str(error)))
+        task.report(trial.history)
     else:
-        save_trial(plan.output, read_trial(plan, point, status="done"))
+        trial = _train(task)
+    if trial.status == "failed":
+        task.report_failure()
 
 
-def read_trial(plan: TrialPlan, point: Point, *, status: Any, error: str | None = None) -> Trial:
-    """A trial as its last checkpoint has it."""
-    settings = plan.settings(point)
-    checkpoint = load_latest(run_folder(settings))
-    if checkpoint is None or not checkpoint.history:
-        return Trial(point, status, error=error)
-    return Trial(
-        point,
-        status,
-        history=checkpoint.history,
-        best_epoch=checkpoint.best_epoch,
-        parameters=sum(tensor.numel() for tensor in checkpoint.model.values()),
-        workers=settings.scaling.max_workers,
-        error=error,
-    )
-
-
-def _report(plan: TrialPlan, epoch: dict[str, Any]) -> None:
-    """Tell Ray Tune of an epoch; it ends the trial here when it is to go no further."""
-    score = score_of(epoch, plan.metric)
-    ray.tune.report({SCORE: -math.inf if score is None else score, "epoch": epoch["epoch"] + 1})
+def _train(task: TrialTask) -> Trial:
+    begun = load_latest(run_folder(task.settings))
+    task.report(begun.history if begun else ())
+    try:
+        if trial_store(task.output, task.point).head(DOCUMENT_KEY) is None:
+            train(task.settings, on_epoch=lambda result: task.report([result.to_dict()]))
+    except (NonFiniteLossError, ModelError, SettingsError) as error:
+        return task.save("failed", str(error))
+    return task.save("done")
 
 
 class TrialSearcher(Searcher):
     """Proposes points to Ray Tune, and writes down what became of them."""
 
-    def __init__(self, search: Search, plan: TrialPlan) -> None:
+    def __init__(
+        self,
+        search: Search,
+        output: Store,
+        *,
+        settings: Callable[[Point], TrainSettings],
+        metric: str,
+    ) -> None:
         super().__init__(metric=SCORE, mode="max")
         self.search = search
-        self.plan = plan
-        self.points: dict[str, Point] = {}
+        self.output = output
+        self.settings = settings
+        self.metric = metric
+        self.points: list[Point] = []
         self.lost: list[Point] = []
+        self.tasks: dict[str, tuple[int, TrialTask]] = {}  # and their numbers
 
     def suggest(self, trial_id: str) -> Any:
         """The next point, noted down before it is tried."""
-        point = self.search.propose()
-        if point is None:
-            return Searcher.FINISHED
-        begin_trial(self.plan.output, point)
-        self.points[trial_id] = point
-        logger.info("trial %d: %s", len(self.points), describe(point))
-        return {"point": point}
+        while (point := self.search.propose()) is not None:
+            self.points.append(point)
+            begin_trial(self.output, point)
+            logger.info("trial %d: %s", len(self.points), describe(point))
+            try:
+                task = TrialTask(self.output, point, self.settings(point), self.metric)
+            except SettingsError as error:  # values that do not go together
+                save_trial(self.output, Trial(point, "failed", error=str(error)))
+                self.search.tell(point, None)
+                continue
+            self.tasks[trial_id] = len(self.points), task
+            return {"task": task}
+        return Searcher.FINISHED
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """Keep the record of a trial that the scheduler stopped; tell the search of the score."""
-        point = self.points[trial_id]
-        trial = load_trial(self.plan.output, point)
+        number, task = self.tasks[trial_id]
+        trial = task.load()
         if trial is None and error:
-            self.lost.append(point)
+            self.lost.append(task.point)
         elif trial is None:
-            trial = read_trial(self.plan, point, status="stopped")
-            save_trial(self.plan.output, trial)
-        score = trial.score(self.plan.metric) if trial else None
-        self.search.tell(point, score)
-        number = list(self.points).index(trial_id) + 1
+            trial = task.save("stopped")
+        score = trial.score(self.metric) if trial else None
+        self.search.tell(task.point, score)
         status = trial.status if trial else "lost"
-        reached = "" if score is None else f", {self.plan.metric} {abs(score):.4f}"
+        reached = "" if score is None else f", {self.metric} {abs(score):.4f}"
         logger.info("trial %d %s%s", number, status, reached)
 
     def trials(self) -> list[Trial]:
         """The records of all points that were proposed, as far as they are over."""
-        found = (load_trial(self.plan.output, point) for point in self.points.values())
+        found = (load_trial(self.output, point) for point in self.points)
         return [trial for trial in found if trial is not None]
 
     def save(self, checkpoint_path: str) -> None:
@@ -149,11 +175,16 @@ class TrialLog(ray.tune.Callback):  # type: ignore[misc]
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Say what an epoch gave."""
-        number = list(self.searcher.points).index(trial.trial_id) + 1
-        metric = self.searcher.plan.metric
-        logger.info(
-            "trial %d epoch %d: %s %.4f", number, result["epoch"], metric, abs(result[SCORE])
-        )
+        number, task = self.searcher.tasks[trial.trial_id]
+        if math.isfinite(result[SCORE]):
+            logger.info(
+                "trial %d epoch %d/%d: %s %.4f",
+                number,
+                result[EPOCH],
+                task.settings.epochs,
+                task.metric,
+                abs(result[SCORE]),
+            )
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say what a trial was lost by."""

@@ -33,6 +33,7 @@ from cnnray.config.sections import (
     ScheduleSettings,
     SplitSettings,
     TrackingSettings,
+    absolute_path,
 )
 
 
@@ -131,6 +132,19 @@ class TrainSettings(JobSettings):
         if loss not in takes.get(method, (loss,)):
             raise ValueError(f"imbalance.method {method} does not go with loss.name {loss}")
         return self
+
+    def with_absolute_paths(self) -> TrainSettings:
+        """The same settings for a process that works in another folder."""
+        return self.model_copy(
+            update={
+                "data": absolute_path(self.data),
+                "output": absolute_path(self.output),
+                "order_log": absolute_path(self.order_log),
+                "model": self.model.with_absolute("weights"),
+                "distill": self.distill.with_absolute("teacher"),
+                "tracking": self.tracking.with_absolute("tensorboard"),
+            }
+        )
 
 
 class TuneSettings(TrainSettings):

@@ -6,8 +6,9 @@ look.
 
 from __future__ import annotations
 
+import os
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -41,10 +42,19 @@ def _worker_count(value: Any) -> Any:
     return value if match["most"] else int(match["least"])
 
 
+def absolute_path(path: str | None) -> str | None:
+    """A local path from the root on; an address as it is."""
+    return path if path is None or "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
 class Section(BaseModel):
     """A group of settings, ``--section.key value`` on the command line."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def with_absolute(self, name: str) -> Self:
+        """The same settings with a path that does not depend on the working folder."""
+        return self.model_copy(update={name: absolute_path(getattr(self, name))})
 
 
 class ColumnSettings(Section):
