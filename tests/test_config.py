@@ -21,6 +21,7 @@ from cnnray.config import (
     PackSettings,
     ScalingSettings,
     TrainSettings,
+    TuneSettings,
     VerifySettings,
     load_settings,
 )
@@ -29,6 +30,7 @@ from cnnray.errors import SettingsError
 JOBS = (
     PackSettings,
     TrainSettings,
+    TuneSettings,
     EvaluateSettings,
     ClassifySettings,
     BenchSettings,
@@ -380,3 +382,23 @@ def test_the_budget_is_exceeded_beyond_both_bounds(bad: int, total: int, exceede
     assert (
         BudgetSettings(max_fraction=0.01, min_rows=100).exceeded(bad=bad, total=total) is exceeded
     )
+
+
+def test_paths_can_be_made_independent_of_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = TrainSettings(
+        data="data", output="s3://bucket/model", model={"weights": "net.safetensors"}
+    ).with_absolute_paths()
+    assert settings.data == str(tmp_path / "data")
+    assert settings.output == "s3://bucket/model"
+    assert settings.model.weights == str(tmp_path / "net.safetensors")
+    assert settings.order_log is None
+    assert settings.distill.teacher is None
+
+
+def test_settings_of_a_trial_take_the_flags_of_train_and_what_the_search_needs():
+    argv = ["--data=d", "--output=o", "--space=s.yaml", "--trials=3", "--optimizer.lr=0.1"]
+    settings = load_settings(TuneSettings, argv)
+    assert (settings.trials, settings.optimizer.lr, settings.search) == (3, 0.1, "random")
+    with pytest.raises(SettingsError, match="--space is required"):
+        load_settings(TuneSettings, argv[:2])
