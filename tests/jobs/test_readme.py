@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 JOBS: dict[str, type[JobSettings]] = {
     name: getattr(config, f"{name.capitalize()}Settings")
-    for name in ("pack", "train", "evaluate", "classify", "bench", "verify", "demo")
+    for name in ("pack", "train", "tune", "evaluate", "classify", "bench", "verify", "demo")
 }
 RAY_FLAGS = {"working-dir", "head", "generate"}
 """Of ``ray job submit``, ``ray start`` and ``ray get-auth-token``."""
