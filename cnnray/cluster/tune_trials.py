@@ -116,7 +116,7 @@ class TrialSearcher(Searcher):
         self.search = search
         self.output = output
         self.settings = settings
-        self.metric = metric
+        self.ranked_by = metric
         self.points: list[Point] = []
         self.lost: list[Point] = []
         self.tasks: dict[str, tuple[int, TrialTask]] = {}  # and their numbers
@@ -128,7 +128,7 @@ class TrialSearcher(Searcher):
             begin_trial(self.output, point)
             logger.info("trial %d: %s", len(self.points), describe(point))
             try:
-                task = TrialTask(self.output, point, self.settings(point), self.metric)
+                task = TrialTask(self.output, point, self.settings(point), self.ranked_by)
             except SettingsError as error:  # values that do not go together
                 save_trial(self.output, Trial(point, "failed", error=str(error)))
                 self.search.tell(point, None)
@@ -147,10 +147,10 @@ class TrialSearcher(Searcher):
             self.lost.append(task.point)
         elif trial is None:
             trial = task.save("stopped")
-        score = trial.score(self.metric) if trial else None
+        score = trial.score(self.ranked_by) if trial else None
         self.search.tell(task.point, score)
         status = trial.status if trial else "lost"
-        reached = "" if score is None else f", {self.metric} {abs(score):.4f}"
+        reached = "" if score is None else f", {self.ranked_by} {abs(score):.4f}"
         logger.info("trial %d %s%s", number, status, reached)
 
     def trials(self) -> list[Trial]:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from cnnray.errors import StorageError
+from cnnray.errors import MissingObjectError, StorageError
 from cnnray.storage import Store, child, encode_json, read_json
 from cnnray.tuning.space import Point, Space, point_name
 
@@ -78,7 +78,10 @@ def begin_trial(output: Store, point: Point) -> None:
 def begun_points(output: Store) -> list[Point]:
     """The points of all trials that have been begun, in the order of their names."""
     trials = child(output, "trials")
-    folders = [child(trials, name) for name in trials.list_folders()]
+    try:
+        folders = [child(trials, name) for name in trials.list_folders()]
+    except MissingObjectError:
+        return []
     return [read_json(folder, POINT_KEY) for folder in folders if folder.head(POINT_KEY)]
 
 

@@ -95,7 +95,7 @@ def test_a_grid_has_every_combination_and_no_ranges():
         {"a": 2, "b": "x"},
         {"a": 2, "b": "y"},
     ]
-    with pytest.raises(SettingsError, match="model.dropout"):
+    with pytest.raises(SettingsError, match="optimizer.lr"):
         grid(parse_space(SPACE, where=""))
 
 
