@@ -21,8 +21,9 @@ JOBS: dict[str, type[JobSettings]] = {
     name: getattr(config, f"{name.capitalize()}Settings")
     for name in ("pack", "train", "tune", "evaluate", "classify", "bench", "verify", "demo")
 }
-RAY_FLAGS = {"working-dir", "head", "generate"}
-"""Of ``ray job submit``, ``ray start`` and ``ray get-auth-token``."""
+RAY_FLAGS = {"working-dir", "head", "generate", "address", "block", "reason", "reason-message"}
+RAY_FLAGS |= {"deadline-remaining-seconds"}
+"""Of ``ray job submit``, ``ray start``, ``ray drain-node`` and ``ray get-auth-token``."""
 
 
 def texts() -> Iterator[str]:

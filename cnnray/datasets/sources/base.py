@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -126,9 +127,13 @@ def read_each(
     A ``StorageError`` takes the item's place. Raises STORE_FAILURES where the item would come.
     """
 
+    stopped = threading.Event()
+
     def attempt(run: list[Item]) -> list[bytes | StorageError]:
         results: list[bytes | StorageError] = []
         for item in run:
+            if stopped.is_set():
+                break
             try:
                 results.append(read(item))
             except StorageError as error:
@@ -147,6 +152,7 @@ def read_each(
         while pending:
             yield from map(_or_failure, pending.popleft().result())
     finally:
+        stopped.set()
         for future in pending:
             future.cancel()
 
