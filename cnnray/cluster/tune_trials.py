@@ -101,7 +101,7 @@ def _train(task: TrialTask) -> Trial:
     return task.save("done")
 
 
-class TrialSearcher(Searcher):
+class TrialSearcher(Searcher):  # type: ignore[misc]
     """Proposes points to Ray Tune, and writes down what became of them."""
 
     def __init__(

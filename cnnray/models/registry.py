@@ -185,7 +185,7 @@ def _build_own(
     known = set(inspect.signature(model).parameters)
     if unknown := sorted(set(arguments) - known):
         raise ModelError(f"{name} does not take the arguments {unknown}")
-    return model(num_classes, channels, image_size, **arguments)
+    return cast(nn.Module, model(num_classes, channels, image_size, **arguments))
 
 
 def _build_torchvision(
