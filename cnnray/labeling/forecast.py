@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from cnnray.labeling.plan import PIECE_ROWS
 
-RAY_START_SECONDS = 4.0
-WORKER_START_SECONDS = 8.0
+RAY_START_SECONDS = 2.5
+WORKER_START_SECONDS = 3.5
 """Until a local Ray is there, and until its workers have imported torch and loaded the model.
 
-On two cores that other work took most of, 3 and 14 were measured; large models take longer.
+As measured on two cores with nothing else at work; busy ones take several times as long, and large
+models longer.
 """
 
 LIST_PAGE = 1000
