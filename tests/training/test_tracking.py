@@ -315,23 +315,26 @@ def test_many_parameters_and_long_ones_fit(served: str, open_run: Open, tmp_path
     assert found.data.params["long"] == "x" * 6000
 
 
-def test_runs_that_begin_at_once_share_their_experiment(
-    served: str, tmp_path: Path, job_result: dict[str, Any]
+def test_an_experiment_that_another_run_makes_meanwhile_is_shared(
+    served: str, open_run: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values = {"parameters": {}, "experiment": tmp_path.name, "tensorboard": None}
-    opened: list[Tracking] = []
+    import mlflow
 
-    def begin(number: int) -> None:
-        run = open_store(str(tmp_path / f"run-{number}"))
-        opened.append(open_tracking(run, name=f"run-{number}", mlflow=served, **values))
+    class Late(mlflow.MlflowClient):
+        """Sees nothing the first time; then it is there."""
 
-    threads = [threading.Thread(target=begin, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert len(opened) == 4
-    assert len(runs_of(served, tmp_path.name)) == 4
+        looked = 0
+
+        def get_experiment_by_name(self, name: str) -> Any:
+            self.looked += 1
+            if self.looked == 1:
+                return self.create_experiment(name) and None
+            return super().get_experiment_by_name(name)
+
+    monkeypatch.setattr(mlflow, "MlflowClient", Late)
+    with open_run(mlflow=served):
+        monkeypatch.undo()
+        assert len(runs_of(served, tmp_path.name)) == 1
 
 
 def test_a_server_that_dies_is_warned_of_once_and_gets_all_when_it_is_back(
@@ -411,7 +414,7 @@ def test_mlflow_without_an_answer_is_refused_within_seconds(impatient: None) -> 
             assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("uri", ["sqlite:///runs.db", "runs", "gopher://somewhere"])
+@pytest.mark.parametrize("uri", ["runs", "gopher://somewhere"])
 def test_addresses_that_the_light_package_cannot_use_are_a_line_and_a_hint(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
