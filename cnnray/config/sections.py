@@ -397,11 +397,11 @@ class TrackingSettings(Section):
     """Where the curves of training go besides the log; nowhere by default."""
 
     mlflow: str | None = Field(default=None, min_length=1, repr=False)
-    """MLflow's tracking URI, such as http://HOST:5000 (not to MLflow; needs the mlflow extra)"""
+    """MLflow's tracking URI, such as http://HOST:5000; needs the mlflow extra (no MLflow)"""
     experiment: Annotated[str, Field(min_length=1, max_length=500)] = "cnnray"
     """experiment in MLflow that the run is put into; made when there is none"""
     tensorboard: str | None = Field(default=None, min_length=1)
-    """local folder with a subfolder of events for each run (not to TensorBoard)"""
+    """local folder that gets a subfolder of events for each run (no TensorBoard)"""
 
     @field_validator("tensorboard")
     @classmethod

@@ -265,19 +265,17 @@ class TensorBoardTracker:
         }
         self._write(step, _text("result", numbers | {"bundle": result["bundle"]}))
         self._write(step, _text("diagnosis", findings or {"healthy": "nothing was found"}))
-        self.fail()
+        self._close()
 
     def fail(self) -> None:
-        """Close the file."""
-        if self.file is not None:
-            self.file.close()
-            self.file = None
+        """Nothing but to close."""
+        self._close()
 
     def _begin_file(self, first: int) -> None:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        self.fail()
+        self._close()
         self.folder.mkdir(parents=True, exist_ok=True)
         # Readers go by the names: seconds, host, and what is added here.
         self.file = EventsWriter(str(self.folder / "events"), f".{time.time_ns()}")
@@ -288,6 +286,11 @@ class TensorBoardTracker:
         from tensorboardX.proto.event_pb2 import Event
 
         self.file.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def _close(self) -> None:
+        file, self.file = self.file, None
+        if file is not None:
+            file.close()
 
 
 def check_tensorboard() -> None:

@@ -315,23 +315,26 @@ def test_many_parameters_and_long_ones_fit(served: str, open_run: Open, tmp_path
     assert found.data.params["long"] == "x" * 6000
 
 
-def test_runs_that_begin_at_once_share_their_experiment(
-    served: str, tmp_path: Path, job_result: dict[str, Any]
+def test_an_experiment_that_another_run_makes_meanwhile_is_shared(
+    served: str, open_run: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values = {"parameters": {}, "experiment": tmp_path.name, "tensorboard": None}
-    opened: list[Tracking] = []
+    import mlflow
 
-    def begin(number: int) -> None:
-        run = open_store(str(tmp_path / f"run-{number}"))
-        opened.append(open_tracking(run, name=f"run-{number}", mlflow=served, **values))
+    class Late(mlflow.MlflowClient):
+        """Sees nothing the first time; then it is there."""
 
-    threads = [threading.Thread(target=begin, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert len(opened) == 4
-    assert len(runs_of(served, tmp_path.name)) == 4
+        looked = 0
+
+        def get_experiment_by_name(self, name: str) -> Any:
+            self.looked += 1
+            if self.looked == 1:
+                return self.create_experiment(name) and None
+            return super().get_experiment_by_name(name)
+
+    monkeypatch.setattr(mlflow, "MlflowClient", Late)
+    with open_run(mlflow=served):
+        monkeypatch.undo()
+        assert len(runs_of(served, tmp_path.name)) == 1
 
 
 def test_a_server_that_dies_is_warned_of_once_and_gets_all_when_it_is_back(
@@ -411,7 +414,7 @@ def test_mlflow_without_an_answer_is_refused_within_seconds(impatient: None) -> 
             assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("uri", ["sqlite:///runs.db", "runs", "gopher://somewhere"])
+@pytest.mark.parametrize("uri", ["runs", "gopher://somewhere"])
 def test_addresses_that_the_light_package_cannot_use_are_a_line_and_a_hint(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -517,16 +520,17 @@ def test_runs_in_one_folder_are_apart(open_run: Open, run: Store, tmp_path: Path
     assert sorted(counts) == [1, 2]
 
 
-def test_a_disk_that_fails_is_warned_of_and_written_to_again(
+def test_a_disk_that_is_full_is_warned_of_and_written_to_again(
     open_run: Open, job_result: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "curves"
     with open_run(tensorboard=str(folder)) as tracking:
         write(tracking, 0)
         [tracker] = tracking.trackers
-        tracker.file.close()  # a write then fails
-        write(tracking, 1)
-        assert "it is tried again: " in caplog.text
+        with open("/dev/full", "wb", buffering=0) as full:
+            tracker.file._py_recordio_writer._writer = full
+            write(tracking, 1)
+        assert "it is tried again: [Errno 28] No space left on device" in caplog.text
         write(tracking, 2)
         tracking.finish(job_result, history=history(3))
     assert [step for step, _ in shown(folder, "train_loss")] == steps(0, 1, 2)
