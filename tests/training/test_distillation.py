@@ -140,12 +140,14 @@ def test_the_loss_is_the_papers(alpha: float, temperature: float) -> None:
     )
 
 
-def test_losses_in_half_precision_are_computed_in_single() -> None:
-    distillation = Distillation(lambda image: torch.zeros(2, 3, dtype=torch.bfloat16), 1.0, 2.0)
-    logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.bfloat16)
-    losses = distillation(torch.zeros(2), logits, images(2))
-    assert losses.dtype == torch.float32
-    assert losses[1] == 0
+def test_logits_in_half_precision_are_compared_in_single() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.randn(5, 4, generator=generator).bfloat16() for _ in range(2))
+    in_half = Distillation(lambda image: theirs, alpha=1.0, temperature=2.0)
+    in_single = Distillation(lambda image: theirs.float(), alpha=1.0, temperature=2.0)
+    losses = torch.zeros(5)
+    expected = in_single(losses, ours.float(), images())
+    assert torch.equal(in_half(losses, ours, images()), expected)
 
 
 def test_the_reported_losses_are_those_of_the_labels(
