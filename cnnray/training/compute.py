@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -99,12 +100,12 @@ def synchronize_batch_norms(model: nn.Module) -> nn.Module:
 
     The names of its state stay.
     """
+    convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
     if any(type(module).__module__.startswith("timm.") for module in model.modules()):
-        from timm.layers import convert_sync_batchnorm  # torch's drops activations inside of norms
+        from timm.layers import convert_sync_batchnorm
 
-        converted: nn.Module = convert_sync_batchnorm(model)
-        return converted
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        convert = convert_sync_batchnorm  # torch's would drop the activations inside of norms
+    return convert(model)
 
 
 def compile_in_place(model: nn.Module) -> None:

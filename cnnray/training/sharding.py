@@ -28,11 +28,11 @@ def shard(model: nn.Module, *, device: torch.device, num_workers: int) -> nn.Mod
     if device.type == "cuda":
         torch.cuda.set_device(device)  # the mesh takes the current one
     mesh = init_device_mesh(device.type, (num_workers,))
-    model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    model.to(memory_format=torch.contiguous_format)  # FSDP takes no other
     for layer in numbered_layers(model):
         fully_shard(layer, mesh=mesh)
-    sharded: nn.Module = fully_shard(model, mesh=mesh)
-    return sharded
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def is_sharded(model: nn.Module) -> bool:
