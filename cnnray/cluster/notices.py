@@ -32,14 +32,15 @@ class Notices:
 
     def __init__(self) -> None:
         self.is_asked = False  # by the controller, before it resizes the group
-        self.is_writing = False
+        self.writing: futures.Future[None] | None = None
         self.written = -math.inf  # monotonic seconds
         self.announced: set[str] = set()
 
     def is_wished(self) -> bool:
         """Whether there is a reason, and no checkpoint that will do."""
-        is_pressing = self.is_asked or bool(leaving_nodes())
-        return is_pressing and not self.is_writing and not self.is_fresh()
+        if self.is_fresh() or (self.writing is not None and not self.writing.done()):
+            return False
+        return self.is_asked or bool(leaving_nodes())
 
     def is_fresh(self) -> bool:
         """Whether a checkpoint has just been written."""
@@ -52,11 +53,10 @@ class Notices:
 
     def follow(self, writing: futures.Future[None], *, step: int) -> None:
         """Take note of a checkpoint that is being written, of the run's ``step``."""
-        self.is_writing = True
+        self.writing = writing
         writing.add_done_callback(partial(self._end, step=step))
 
     def _end(self, writing: futures.Future[None], *, step: int) -> None:
-        self.is_writing = False
         if writing.cancelled() or writing.exception() is not None:
             return  # whoever saves the next one is told
         self.written, self.is_asked = time.monotonic(), False
