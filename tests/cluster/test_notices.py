@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import pickle
+import time
 from collections.abc import Iterator
 from concurrent import futures
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import ray.train
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.controller.state import RunningState
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2.api.preemption import PreemptionInfo
 
@@ -25,7 +27,9 @@ from cnnray.config import ScalingSettings
 from cnnray.errors import IncompleteError
 
 ONE_CPU = WorkerResources(num_workers=1, cpus=1.0, gpus=0.0, threads=1, reading_fraction=0.5)
-WAITED = "the cluster had no room for 2 workers for 0.05 s\nhint: submit the same command again"
+WAITED = (
+    "the cluster had no room to start 2 workers for 0.05 s\nhint: submit the same command again"
+)
 
 
 @pytest.fixture
@@ -168,18 +172,23 @@ def test_a_run_without_room_waits_so_long_and_ends_incomplete(staying):
     assert caught.value.exit_code == 4
 
 
-def test_room_ends_the_wait_and_the_next_one_begins_anew(staying, monkeypatch):
+def test_a_group_that_runs_ends_the_wait_and_a_start_that_fails_does_not(staying, monkeypatch):
     monkeypatch.setattr(elastic, "LOOK_SECONDS", 0.2)
     policy = ToyPolicy("2:4", wait_seconds=0.5)
-    room = {"a": {"CPU": 4.0}}
-    policy.reserved = room
+    policy.reserved = room = {"a": {"CPU": 4.0}}
     waiting = decisions(policy)
     for _ in range(3):
         assert isinstance(next(waiting), NoopDecision)
         assert isinstance(next(waiting), NoopDecision)
         staying |= room
         assert next(waiting).num_workers == 2
+        policy.after_controller_state_update(None, RunningState())
         staying.clear()
+    staying |= room
+    assert next(waiting).num_workers == 2
+    time.sleep(0.6)  # it does not run
+    with pytest.raises(IncompleteError, match="no room to start 2 workers"):
+        next(waiting)
 
 
 def test_a_resize_waits_for_a_checkpoint_and_no_longer(staying, monkeypatch):
