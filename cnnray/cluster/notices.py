@@ -14,7 +14,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 logger = logging.getLogger(__name__)
 
 FRESH_SECONDS = 10.0
-"""Age of a checkpoint up to which another one is not worth it."""
+"""Age of a checkpoint up to which another one is not worth it, unless there is new notice."""
 
 
 def leaving_nodes() -> list[str]:
@@ -38,9 +38,11 @@ class Notices:
 
     def is_wished(self) -> bool:
         """Whether there is a reason, and no checkpoint that will do."""
-        if self.is_fresh() or (self.writing is not None and not self.writing.done()):
+        if self.writing is not None and not self.writing.done():
             return False
-        return self.is_asked or bool(leaving_nodes())
+        leaving = set(leaving_nodes())
+        is_pressing = self.is_asked or bool(leaving)
+        return bool(leaving - self.announced) or (is_pressing and not self.is_fresh())
 
     def is_fresh(self) -> bool:
         """Whether a checkpoint has just been written."""
