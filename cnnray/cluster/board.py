@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 POLL_SECONDS = 0.5
 
@@ -39,8 +40,9 @@ class Board:
 
 
 def start_board() -> Any:
-    """An actor that holds a board; it takes no CPU."""
-    return ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")(Board).remote()
+    """An actor that holds a board; it takes no CPU, and lives and dies with this process's node."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
 
 
 class BoardHandler(logging.Handler):

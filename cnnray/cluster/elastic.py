@@ -20,6 +20,7 @@ from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
 )
+from ray.train.v2._internal.execution.controller.state import RunningState
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     NoopDecision,
@@ -39,9 +40,9 @@ LOOK_SECONDS = 1.0
 ASK_SECONDS = 10.0
 """For a worker to answer."""
 MAX_STARTS = 3
-"""Starts of a group of workers that may fail in a run."""
-MAX_PREEMPTIONS = 100
-"""Nodes that may give notice and go in a run. Each was there, and a checkpoint was written."""
+"""Starts of the workers that may fail in a run, where their number is fixed."""
+MAX_INTERRUPTIONS = 100
+"""Nodes that may give notice and go in a run; also starts that may fail, where it is not fixed."""
 
 HINT = "submit the same command again: it goes on from the last checkpoint"
 
@@ -56,6 +57,15 @@ def plan_scaling(scaling: ScalingSettings, resources: WorkerResources) -> ray.tr
         resources_per_worker={"CPU": resources.cpus}
         | ({"GPU": resources.gpus} if resources.gpus else {}),
         elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+    )
+
+
+def plan_failures(scaling: ScalingSettings, *, max_restarts: int) -> ray.train.FailureConfig:
+    """How often Ray Train starts the workers again: lost ones count, a resize does not."""
+    return ray.train.FailureConfig(
+        max_failures=max_restarts,
+        max_preemption_failures=MAX_INTERRUPTIONS,
+        controller_failure_limit=MAX_INTERRUPTIONS if scaling.is_elastic else MAX_STARTS,
     )
 
 
@@ -105,25 +115,27 @@ class RoomPolicy(ElasticScalingPolicy):  # type: ignore[misc]
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """When a group is to be started, again or for the first time."""
+        self._end_the_wait_in_time()
         decision = super().make_decision_for_non_running_worker_group()
-        if isinstance(decision, ResizeDecision):
-            self.waiting_since = None
-        else:
-            self._wait()
+        if isinstance(decision, NoopDecision):
+            time.sleep(LOOK_SECONDS)  # Ray asks again at once, in a loop without a pause or an end
         return decision
 
-    def _wait(self) -> None:
-        """Ray asks again at once, in a loop without a pause or an end."""
+    def _end_the_wait_in_time(self) -> None:
         now = time.monotonic()
         if self.waiting_since is None:
             self.waiting_since = now
         if now - self.waiting_since > self.wait_seconds:
             least = self.scaling_config.min_workers
             raise IncompleteError(
-                f"the cluster had no room for {least} workers for {self.wait_seconds:g} s",
+                f"the cluster had no room to start {least} workers for {self.wait_seconds:g} s",
                 hint=HINT,
             )
-        time.sleep(LOOK_SECONDS)
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """The wait is over once a group runs; a start that fails is a part of it."""
+        if isinstance(current_state, RunningState):
+            self.waiting_since = None
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any
@@ -163,6 +175,6 @@ def find_lack_of_workers(error: Exception) -> IncompleteError | None:
         return IncompleteError("the cluster had no room to start the workers", hint=HINT)
     if isinstance(error, ray.train.PreemptionError):
         return IncompleteError(
-            f"more than {MAX_PREEMPTIONS} nodes with workers were taken away", hint=HINT
+            f"more than {MAX_INTERRUPTIONS} nodes with workers were taken away", hint=HINT
         )
     return None

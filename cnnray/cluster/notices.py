@@ -14,7 +14,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 logger = logging.getLogger(__name__)
 
 FRESH_SECONDS = 10.0
-"""Age of a checkpoint up to which another one is not worth it."""
+"""Age of a checkpoint up to which another one is not worth it, unless there is new notice."""
 
 
 def leaving_nodes() -> list[str]:
@@ -32,14 +32,17 @@ class Notices:
 
     def __init__(self) -> None:
         self.is_asked = False  # by the controller, before it resizes the group
-        self.is_writing = False
+        self.writing: futures.Future[None] | None = None
         self.written = -math.inf  # monotonic seconds
         self.announced: set[str] = set()
 
     def is_wished(self) -> bool:
         """Whether there is a reason, and no checkpoint that will do."""
-        is_pressing = self.is_asked or bool(leaving_nodes())
-        return is_pressing and not self.is_writing and not self.is_fresh()
+        if self.writing is not None and not self.writing.done():
+            return False
+        leaving = set(leaving_nodes())
+        is_pressing = self.is_asked or bool(leaving)
+        return bool(leaving - self.announced) or (is_pressing and not self.is_fresh())
 
     def is_fresh(self) -> bool:
         """Whether a checkpoint has just been written."""
@@ -52,11 +55,10 @@ class Notices:
 
     def follow(self, writing: futures.Future[None], *, step: int) -> None:
         """Take note of a checkpoint that is being written, of the run's ``step``."""
-        self.is_writing = True
+        self.writing = writing
         writing.add_done_callback(partial(self._end, step=step))
 
     def _end(self, writing: futures.Future[None], *, step: int) -> None:
-        self.is_writing = False
         if writing.cancelled() or writing.exception() is not None:
             return  # whoever saves the next one is told
         self.written, self.is_asked = time.monotonic(), False

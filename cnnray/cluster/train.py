@@ -20,10 +20,9 @@ import torch.distributed
 from cnnray import __version__
 from cnnray.cluster.board import BoardReader, start_board
 from cnnray.cluster.elastic import (
-    MAX_PREEMPTIONS,
-    MAX_STARTS,
     ElasticTrainer,
     find_lack_of_workers,
+    plan_failures,
     plan_scaling,
 )
 from cnnray.cluster.runtime import (
@@ -142,10 +141,8 @@ def _fit(job: TrainJob, resources: WorkerResources, *, on_epoch: OnEpoch) -> Non
                 name="cnnray",
                 storage_path=ray_state,  # checkpoints are ours; Ray keeps only its own notes here
                 logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-                failure_config=ray.train.FailureConfig(
-                    max_failures=job.settings.checkpoint.max_restarts,
-                    max_preemption_failures=MAX_PREEMPTIONS,
-                    controller_failure_limit=MAX_STARTS,
+                failure_config=plan_failures(
+                    job.settings.scaling, max_restarts=job.settings.checkpoint.max_restarts
                 ),
             ),
         )

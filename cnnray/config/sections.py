@@ -390,7 +390,7 @@ class CheckpointSettings(Section):
     keep: PositiveInt = 2
     """latest ones after epochs that are kept (the best one, and two inside epochs, besides)"""
     max_restarts: Annotated[int, Field(ge=0)] = 3
-    """restarts from the last checkpoint after a worker died, not counting nodes that gave notice"""
+    """restarts from the last checkpoint after a worker died (another number of workers is none)"""
 
 
 class TrackingSettings(Section):

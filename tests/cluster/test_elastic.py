@@ -32,7 +32,7 @@ def cluster(ray_session: None) -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=False)
+    cluster = Cluster(initialize_head=False, shutdown_at_exit=False)  # else only in a main thread
     cluster.head_node = ray._private.worker._global_node
     cluster.redis_address = cluster.head_node.redis_address
     yield cluster
@@ -43,7 +43,7 @@ def cluster(ray_session: None) -> Iterator[Any]:
 def network_that(act: Callable[[int], None]) -> type[Network]:
     """It acts before each of its passes in training, which its process counts from 1.
 
-    Between two steps it always looks whether a checkpoint is wished.
+    From its second epoch on it looks after every step whether a checkpoint is wished.
     """
 
     class ActingNetwork(Network):  # a local class travels to the workers by value
@@ -166,24 +166,25 @@ def test_a_node_that_gives_notice_has_a_checkpoint_written_from_which_another_go
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
     node = cluster.add_node(num_cpus=4, object_store_memory=100_000_000)  # room for the worker
     begun, gone = tmp_path / "begun", tmp_path / "gone"
+    checkpoint = tmp_path / "model/training/main/epoch-00001-step-00000003/MANIFEST.json"
 
     def wait_for_notice_and_the_end(number: int) -> None:
         from cnnray.cluster.notices import leaving_nodes
 
         deadline = time.monotonic() + 60
-        while number == 3 and not gone.exists() and time.monotonic() < deadline:
+        while number == 10 and not gone.exists() and time.monotonic() < deadline:
             begun.touch()
             if leaving_nodes():
                 return
             time.sleep(0.05)
-        while number == 4 and not gone.exists() and time.monotonic() < deadline:
+        while number == 11 and not gone.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
 
     def take_away() -> None:
         wait_until(begun.exists)
         drain(node, seconds=600)
         wait_until(lambda: "is going away" in caplog.text)
-        assert (tmp_path / "model/training/main/epoch-00000-step-00000003/MANIFEST.json").exists()
+        assert checkpoint.exists()
         cluster.remove_node(node)
         gone.touch()
         cluster.add_node(num_cpus=4, object_store_memory=100_000_000)
@@ -192,16 +193,17 @@ def test_a_node_that_gives_notice_has_a_checkpoint_written_from_which_another_go
     with ThreadPoolExecutor(1) as helper:
         taken = helper.submit(take_away)
         run = run_training(
-            epochs=1,
+            epochs=2,
             output=str(tmp_path / "model"),
             scaling={"num_workers": "1:2", "cpus_per_worker": 3.0},
-            checkpoint={"max_restarts": 0},  # a node that gave notice is none
+            checkpoint={"max_restarts": 1},  # it went before the deadline of its notice
         )
         taken.result(timeout=60)
 
     notices = [message for message in caplog.messages if "is going away" in message]
     assert len(notices) == 1
-    assert notices[0].endswith("is going away: checkpoint written at step 3")
-    assert beginnings(caplog) == [(1, 1, 0), (1, 1, 3)]
-    assert run.batches(0) == trained.batches(0)
-    assert losses(run.history) == pytest.approx(losses(trained.history[:1]), abs=1e-5)
+    assert notices[0].endswith("is going away: checkpoint written at step 10")
+    assert beginnings(caplog) == [(1, 1, 0), (1, 2, 3)]
+    for epoch in range(2):
+        assert run.batches(epoch) == trained.batches(epoch)
+    assert losses(run.history) == pytest.approx(losses(trained.history[:2]), abs=1e-5)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import pickle
+import time
 from collections.abc import Iterator
 from concurrent import futures
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import ray.train
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.controller.state import RunningState
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2.api.preemption import PreemptionInfo
 
@@ -25,7 +26,9 @@ from cnnray.config import ScalingSettings
 from cnnray.errors import IncompleteError
 
 ONE_CPU = WorkerResources(num_workers=1, cpus=1.0, gpus=0.0, threads=1, reading_fraction=0.5)
-WAITED = "the cluster had no room for 2 workers for 0.05 s\nhint: submit the same command again"
+WAITED = (
+    "the cluster had no room to start 2 workers for 0.05 s\nhint: submit the same command again"
+)
 
 
 @pytest.fixture
@@ -51,8 +54,9 @@ def test_a_node_that_gives_notice_is_a_reason_until_a_checkpoint_is_written(
 ):
     known = Notices()
     assert not known.is_wished()
+    known.follow(written(), step=5)
     leaving.append("a")
-    assert known.is_wished()
+    assert known.is_wished(), "at once, however fresh the last one is"
     writing: futures.Future[None] = futures.Future()
     known.follow(writing, step=7)
     assert not known.is_wished()
@@ -168,18 +172,23 @@ def test_a_run_without_room_waits_so_long_and_ends_incomplete(staying):
     assert caught.value.exit_code == 4
 
 
-def test_room_ends_the_wait_and_the_next_one_begins_anew(staying, monkeypatch):
+def test_a_group_that_runs_ends_the_wait_and_a_start_that_fails_does_not(staying, monkeypatch):
     monkeypatch.setattr(elastic, "LOOK_SECONDS", 0.2)
     policy = ToyPolicy("2:4", wait_seconds=0.5)
-    room = {"a": {"CPU": 4.0}}
-    policy.reserved = room
+    policy.reserved = room = {"a": {"CPU": 4.0}}
     waiting = decisions(policy)
     for _ in range(3):
         assert isinstance(next(waiting), NoopDecision)
         assert isinstance(next(waiting), NoopDecision)
         staying |= room
         assert next(waiting).num_workers == 2
+        policy.after_controller_state_update(None, RunningState())
         staying.clear()
+    staying |= room
+    assert next(waiting).num_workers == 2
+    time.sleep(0.6)  # it does not run
+    with pytest.raises(IncompleteError, match="no room to start 2 workers"):
+        next(waiting)
 
 
 def test_a_resize_waits_for_a_checkpoint_and_no_longer(staying, monkeypatch):
@@ -220,7 +229,3 @@ def test_what_ends_a_run_for_want_of_workers_is_incomplete():
         assert find_lack_of_workers(error).exit_code == 4
     assert find_lack_of_workers(ray.train.WorkerGroupError("lost", {})) is None
     assert find_lack_of_workers(ray.train.ControllerError(KeyError())) is None
-
-
-def test_warnings_reach_the_log_through_the_logger_that_the_board_listens_to():
-    assert notices.logger.parent is logging.getLogger("cnnray")
