@@ -103,7 +103,8 @@ class MuonAndAdamW(optim.Optimizer):
             matrices, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw"
         )
         self.adamw: optim.Optimizer = optim.AdamW(rest, lr=lr, fused=True)
-        super().__init__([*matrices, *rest], defaults={})
+        super().__init__([*matrices, *rest], defaults={})  # groups have them by now
+        self.defaults = self.adamw.defaults  # Muon's groups have none of torch's switches
         self._share()
 
     def _share(self) -> None:
