@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import ray.train
@@ -17,7 +18,12 @@ from cnnray.models.classifier import Classifier
 from cnnray.storage import Store
 from cnnray.training.averaging import build_average, restore_average
 from cnnray.training.checkpoints import Checkpoint
-from cnnray.training.compute import choose_precision, compile_in_place, synchronize_batch_norms
+from cnnray.training.compute import (
+    Precision,
+    choose_precision,
+    compile_in_place,
+    synchronize_batch_norms,
+)
 from cnnray.training.distillation import Distillation, TeacherBundle
 from cnnray.training.freezing import FrozenEpochs
 from cnnray.training.imbalance import balance_loss
@@ -92,7 +98,7 @@ def build_trainer(job: TrainJob, checkpoint: Checkpoint | None) -> Trainer:
         else None,
         average=average,
         transform=_build_transform(job, steps_per_epoch=order.num_steps),
-        distillation=_build_distillation(job, device),
+        distillation=_build_distillation(job, precision, device),
     )
 
 
@@ -154,11 +160,14 @@ def _build_loss(job: TrainJob, device: torch.device, *, label_smoothing: float) 
     )
 
 
-def _build_distillation(job: TrainJob, device: torch.device) -> Distillation | None:
+def _build_distillation(
+    job: TrainJob, precision: Precision, device: torch.device
+) -> Distillation | None:
     if job.teacher is None:
         return None
     options = job.settings.distill.model_dump(exclude={"teacher"})
-    return Distillation(job.teacher.load(device), **options)
+    teacher = partial(precision.forward, job.teacher.load(device))
+    return Distillation(teacher, **options)
 
 
 def plan_order(job: TrainJob, *, epoch: int) -> EpochOrder:

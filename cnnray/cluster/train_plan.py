@@ -67,6 +67,7 @@ def plan_training(settings: TrainSettings) -> TrainPlan:
         use_gpu=settings.scaling.use_gpu,
         accumulate_steps=settings.accumulate_steps,
         has_average=settings.ema.decay > 0,
+        optimizer=settings.optimizer.name,
     )
     check_tracking(**settings.tracking.model_dump())
     data = open_store(settings.data)

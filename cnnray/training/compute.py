@@ -35,7 +35,7 @@ class Precision:
     dtype: torch.dtype = torch.float32
     scaler: GradScaler = field(default_factory=lambda: GradScaler("cpu", enabled=False))
 
-    def forward(self, model: nn.Module, image: Tensor) -> Tensor:
+    def forward(self, model: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
         """(B, K) float32 logits of (B, C, H, W) images."""
         is_lower = self.dtype is not torch.float32
         with torch.autocast(self.device_type, self.dtype, enabled=is_lower):
@@ -68,6 +68,7 @@ def require_computable(
     use_gpu: bool,
     accumulate_steps: int,
     has_average: bool,
+    optimizer: str,
 ) -> None:
     """Raise ``SettingsError`` for what does not go together, before anything is started."""
     if precision == "fp16" and not use_gpu:
@@ -89,6 +90,7 @@ def require_computable(
         ("--compute.strategy fsdp", "--compute.compile"): shards and compile,
         ("--compute.strategy fsdp", "--ema.decay"): shards and has_average,
         ("--compute.strategy fsdp", "--compute.precision fp16"): shards and precision == "fp16",
+        ("--compute.strategy fsdp", "--optimizer.name muon"): shards and optimizer == "muon",
     }
     for (one, other), are_both in pairs.items():
         if are_both:

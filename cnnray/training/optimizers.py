@@ -155,7 +155,7 @@ def restore_optimizer(optimizer: optim.Optimizer, state: dict[str, Any]) -> None
     """
     optimizer.load_state_dict(state)
     for group in optimizer.param_groups:
-        if "fused" in optimizer.defaults:  # the saved one's own choice: it may have had no shards, or some
+        if "fused" in optimizer.defaults:  # the saved one may have had shards, or none
             group["fused"] = optimizer.defaults["fused"]
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():

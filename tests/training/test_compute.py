@@ -291,6 +291,7 @@ PLAIN: dict[str, Any] = {
     "use_gpu": False,
     "accumulate_steps": 1,
     "has_average": False,
+    "optimizer": "adamw",
 }
 
 
