@@ -107,9 +107,10 @@ class RoomPolicy(ElasticScalingPolicy):  # type: ignore[misc]
         staying = staying_nodes()
         # What is reserved on a node that goes is reserved on another one only once it is gone.
         ours = reserved_resources if reserved_resources.keys() <= staying.keys() else staying
-        most: int = self.scaling_config.max_workers
-        places = self.resources.places_on(ours.values())
-        return min(most, places, self.resources.fitting(staying.values()))
+        fitting = min(
+            self.resources.places_on(ours.values()), self.resources.fitting(staying.values())
+        )
+        return min(fitting, int(self.scaling_config.max_workers))
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """When a group is to be started, again or for the first time."""

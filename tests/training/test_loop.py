@@ -240,7 +240,7 @@ def test_a_loss_of_nan_is_found_within_a_bounded_number_of_steps(
     data = EpochData([batch] * steps, np.full(steps, 2), ())
     with pytest.raises(NonFiniteLossError):
         list(run_epochs(trainer, first_epoch=0, epochs=1, data=lambda _: data, seed=0))
-    assert trainer.step == 2 * FINITE_CHECK_STEPS
+    assert FINITE_CHECK_STEPS + 3 <= trainer.step <= 2 * FINITE_CHECK_STEPS
 
 
 @pytest.mark.parametrize("given", [3, 5])
