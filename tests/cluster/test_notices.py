@@ -142,8 +142,8 @@ def test_a_range_of_workers_is_asked_for_as_one_and_a_number_as_it_is():
         ({"a": 64}, {"a": 4}, 4),
         ({"a": 64}, {"a": 9}, 4),  # the greatest number
         ({"a": 8}, {"a": 1}, 1),  # another run has the rest
-        ({"a": 2}, {"b": 2}, 1),  # b is gone, or will be: what was reserved there is free here
-        ({"a": 2}, {"a": 2, "b": 2}, 1),
+        ({"a": 8}, {"b": 1}, 4),  # b is gone, or will be: another place may do for its reservation
+        ({"a": 8}, {"a": 1, "b": 1}, 4),
         ({}, {"b": 2}, 0),
     ],
 )
