@@ -103,30 +103,38 @@ def test_a_run_begins_with_the_one_worker_that_fits_and_goes_on_with_two_once_a_
     caplog.set_level(logging.INFO, logger="cnnray")
     monkeypatch.setattr(elastic, "RESIZE_SECONDS", 2.0)
 
+    begun, joined = tmp_path / "begun", tmp_path / "joined"
+
     def take_time_alone(number: int) -> None:
         import ray.train
 
-        (tmp_path / "begun").touch()
-        if ray.train.get_context().get_world_size() == 1:
-            time.sleep(1.0)
+        begun.touch()
+        if ray.train.get_context().get_world_size() > 1:
+            return
+        deadline = time.monotonic() + 60
+        while number == 2 and not joined.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(4.0)  # such steps are looked at one by one, or two
 
     def join() -> None:
-        wait_until((tmp_path / "begun").exists)
+        wait_until(begun.exists)
         cluster.add_node(num_cpus=2, object_store_memory=100_000_000)
+        joined.touch()
 
     monkeypatch.setattr(plan_module, "Network", network_that(take_time_alone))
     scaling = {"num_workers": "1:2", "cpus_per_worker": 1.0}
     with ThreadPoolExecutor(1) as helper:
-        joined = helper.submit(join)
-        run = run_training(scaling=scaling, checkpoint={"max_restarts": 0})  # a resize is none
-        joined.result(timeout=60)
+        done = helper.submit(join)
+        checkpoint = {"max_restarts": 0}  # a resize is none
+        run = run_training(epochs=1, scaling=scaling, checkpoint=checkpoint)
+        done.result(timeout=60)
 
-    (alone, *begin), (both, *resumed) = beginnings(caplog)
-    assert (alone, begin, both) == (1, [1, 0], 2)
-    assert resumed > begin
-    for epoch in range(3):
-        assert run.batches(epoch) == trained.batches(epoch)
-    assert losses(run.history) == pytest.approx(losses(trained.history), abs=1e-3)
+    first, (workers, epoch, step) = beginnings(caplog)
+    assert first == (1, 1, 0)
+    assert (workers, epoch) == (2, 1)
+    assert step > 0, "there was no checkpoint before the resize"
+    assert run.batches(0) == trained.batches(0)
+    assert losses(run.history) == pytest.approx(losses(trained.history[:1]), abs=1e-3)
 
 
 def test_a_worker_killed_inside_an_epoch_is_replaced_and_no_sample_is_lost_or_taken_twice(
