@@ -16,14 +16,15 @@ import ray
 
 from cnnray.cluster.actors import Stage
 from cnnray.cluster.runtime import find_cause, last_line
-from cnnray.errors import CnnrayError, IncompleteError, UnavailableError
+from cnnray.errors import CnnrayError, IncompleteError
 
 CALLS = 2
 """Tables that an actor has at a time: one that it works on, one that is fetched meanwhile."""
 FETCH_SECONDS = 60.0
 """For a reference that is there."""
 MAX_RESTARTS = 3
-"""Of one actor, and of a table that was with a dead one; Ray's way to say it for both."""
+"""Of one actor. A table that was with it is tried again as long as there are any: by count, the
+tries would be over before Ray knows that a node is gone. (The wait for a result is bounded.)"""
 
 
 def map_tables(
@@ -125,7 +126,7 @@ class ActorPool:
             num_cpus=stage.num_cpus,
             num_gpus=stage.num_gpus,
             max_restarts=MAX_RESTARTS,
-            max_task_retries=MAX_RESTARTS,
+            max_task_retries=-1,
         )(stage.actor)
         actors = [kind.remote(**stage.arguments) for _ in range(min(stage.num_workers, most))]
         # One that has not started, for want of room perhaps, gets no table.
@@ -145,8 +146,7 @@ class ActorPool:
     def submit(self, table: Any) -> None:
         """Give a table, or the reference of one, to the actor that has fewest."""
         actor = min(self.load, key=self.load.__getitem__)
-        call = actor.__call__.options(retry_exceptions=[UnavailableError])
-        self.calls[call.remote(table)] = actor
+        self.calls[actor.__call__.remote(table)] = actor
         self.load[actor] += 1
 
     def take(self, reference: Any) -> bool:

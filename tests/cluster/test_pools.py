@@ -13,7 +13,7 @@ import pytest
 
 from cnnray.cluster.actors import Stage
 from cnnray.cluster.pools import CALLS, map_tables
-from cnnray.errors import CnnrayError, DataError, IncompleteError, UnavailableError
+from cnnray.errors import CnnrayError, DataError, IncompleteError
 
 pytestmark = [
     pytest.mark.ray,
@@ -114,22 +114,6 @@ class Doomed(Add):
 def test_a_table_that_kills_every_actor_ends_the_work():
     with pytest.raises(IncompleteError, match="a worker failed"):
         numbers(map_tables(tables(2), [Stage(Doomed, {}, 1, 1.0)], stall_seconds=60))
-
-
-class Outage(Noted):
-    """The store is away when a table is tried for the first time."""
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        assert self.folder is not None
-        if not (self.folder / str(table["n"][0].as_py())).exists():
-            super().__call__(table)
-            raise UnavailableError("no answer")
-        return super().__call__(table)
-
-
-def test_a_store_that_was_away_is_asked_again(tmp_path):
-    stage = Stage(Outage, {"folder": tmp_path}, 1, 1.0)
-    assert numbers(map_tables(tables(3), [stage], stall_seconds=60)) == [0, 1, 2]
 
 
 class Failing(Add):
