@@ -18,8 +18,9 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The promises of the classify job at full size; two hours on two cores.
+# The promises of the classify and train jobs at full size; two hours on two cores.
 soak: install
+	$(BIN)/python tests/faults/order_soak.py
 	$(BIN)/python tests/faults/soak.py all
 
 # The short forms of all benchmarks; benchmarks/README.md has the full ones.
