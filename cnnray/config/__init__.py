@@ -16,22 +16,25 @@ from cnnray.config.jobs import (
 )
 from cnnray.config.loading import Settings, build_settings, check_names, load_settings
 from cnnray.config.sections import (
-    AugmentSettings,
     BudgetSettings,
-    CheckpointSettings,
     ClusterSettings,
     ColumnSettings,
+    InferenceScalingSettings,
+    LimitSettings,
+    ScalingSettings,
+    SplitSettings,
+    absolute_path,
+)
+from cnnray.config.training import (
+    AugmentSettings,
+    CheckpointSettings,
     ComputeSettings,
     ImageSettings,
     ImbalanceSettings,
-    InferenceScalingSettings,
-    LimitSettings,
     LossSettings,
     ModelSettings,
     OptimizerSettings,
-    ScalingSettings,
     ScheduleSettings,
-    SplitSettings,
     TrackingSettings,
 )
 
@@ -63,6 +66,7 @@ __all__ = [
     "TrainSettings",
     "TuneSettings",
     "VerifySettings",
+    "absolute_path",
     "build_settings",
     "check_names",
     "load_settings",

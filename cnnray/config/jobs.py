@@ -8,32 +8,34 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from cnnray.config.sections import (
-    AugmentSettings,
     BudgetSettings,
-    CheckpointSettings,
     ClusterSettings,
     ColumnSettings,
+    EngineSettings,
+    InferenceScalingSettings,
+    LimitSettings,
+    PositiveFloat,
+    PositiveInt,
+    ScalingSettings,
+    SplitSettings,
+    absolute_path,
+)
+from cnnray.config.training import (
+    AugmentSettings,
+    CheckpointSettings,
     ComputeSettings,
     DistillSettings,
     EarlyStoppingSettings,
     EmaSettings,
-    EngineSettings,
     ImageSettings,
     ImbalanceSettings,
-    InferenceScalingSettings,
     IngestSettings,
-    LimitSettings,
     LossSettings,
     MixSettings,
     ModelSettings,
     OptimizerSettings,
-    PositiveFloat,
-    PositiveInt,
-    ScalingSettings,
     ScheduleSettings,
-    SplitSettings,
     TrackingSettings,
-    absolute_path,
 )
 
 
