@@ -19,15 +19,9 @@ from typing import Any, Self
 from cnnray.errors import hide_credentials
 from cnnray.storage import Store, encode_json, read_json
 from cnnray.training.loop import EpochResult
-from cnnray.training.trackers import (
-    Epoch,
-    Tracker,
-    check_mlflow,
-    check_tensorboard,
-    open_mlflow,
-    open_tensorboard,
-    root_reason,
-)
+from cnnray.training.mlflow_tracker import check_mlflow, open_mlflow
+from cnnray.training.tensorboard_tracker import check_tensorboard, open_tensorboard
+from cnnray.training.trackers import Epoch, Tracker, root_reason
 
 logger = logging.getLogger(__name__)
 

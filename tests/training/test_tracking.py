@@ -26,7 +26,8 @@ from cnnray.errors import NonFiniteLossError, SettingsError
 from cnnray.storage import Store, open_store
 from cnnray.training import tracking as tracking_module
 from cnnray.training.loop import EpochResult
-from cnnray.training.trackers import CURVES, MLFLOW_ENVIRONMENT
+from cnnray.training.mlflow_tracker import MLFLOW_ENVIRONMENT
+from cnnray.training.trackers import CURVES
 from cnnray.training.tracking import TRACKING_KEY, Tracking, check_tracking, open_tracking
 
 pytestmark = pytest.mark.timeout(120)
