@@ -22,8 +22,8 @@ from benchmarks.options import add_count, scratch_folder, settle
 from benchmarks.peers.fashion_mnist import write_part
 from benchmarks.processes import run_process
 from benchmarks.report import Column, Report, describe_machine, publish
-from benchmarks.studies import fashion_mnist, study_parser
-from benchmarks.training import Dataset, pack
+from benchmarks.studies import study_parser
+from benchmarks.training import Dataset, accuracy_on_test, find_fashion_mnist, pack
 
 SPACE = """\
 model.name: [tutorial_cnn, small_cnn]
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         images = scratch / "idx"
         images.mkdir()
         for split in ("train", "t10k"):
-            write_part(fashion_mnist(options), images, split=split, images=6_000)
+            write_part(find_fashion_mnist(options.data), images, split=split, images=6_000)
         dataset = pack(images, scratch, "--split.val=0.2")
         found: dict[str, Any] = {}
         contestants = [
@@ -90,7 +90,7 @@ def _search(dataset: Dataset, options: Any, found: dict[str, Any]) -> Figures:
     found["over when killed"] = len(before)
     return {
         "val_accuracy": result["val_accuracy"],
-        "test_accuracy": _test(dataset, output),
+        "test_accuracy": accuracy_on_test(dataset, output),
         "seconds": seconds,
     }
 
@@ -102,7 +102,7 @@ def _as_given(dataset: Dataset, options: Any, found: dict[str, Any]) -> Figures:
     finished = run_process([*command, f"--epochs={options.epochs}", *FLAGS], seconds=SECONDS)
     return {
         "val_accuracy": finished.result["val_accuracy"],
-        "test_accuracy": _test(dataset, output),
+        "test_accuracy": accuracy_on_test(dataset, output),
         "seconds": finished.seconds,
     }
 
@@ -126,14 +126,6 @@ def _kill_when_some_are_over(command: Sequence[str], output: Path) -> dict[str, 
 def _written(output: Path) -> dict[str, float]:
     """When the record of each trial that is over was written."""
     return {path.parent.name: path.stat().st_mtime for path in output.glob("trials/*/trial.json")}
-
-
-def _test(dataset: Dataset, bundle: Path) -> float:
-    """Accuracy on the test split."""
-    command = [sys.executable, "jobs/evaluate.py", f"--model={bundle}", f"--data={dataset.folder}"]
-    command.append(f"--output={bundle}-test")
-    accuracy: float = run_process(command, seconds=SECONDS).result["accuracy"]
-    return accuracy
 
 
 if __name__ == "__main__":

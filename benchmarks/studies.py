@@ -21,18 +21,17 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import Contestant, Figures, Results, SkipBenchmark, note
+from benchmarks.harness import Contestant, Figures, Results, note
 from benchmarks.options import make_parser, scratch_folder
 from benchmarks.peers.fashion_mnist import Labels, Pixels, read_split, write_split
 from benchmarks.report import Column
+from benchmarks.training import add_fashion_mnist, find_fashion_mnist
 from cnnray.cluster.evaluate import evaluate
 from cnnray.cluster.pack import pack
 from cnnray.cluster.runtime import ray_cluster
 from cnnray.cluster.train import train
 from cnnray.config import ClusterSettings, EvaluateSettings, PackSettings, TrainSettings
 
-DEBIAN_FOLDER = "/usr/share/datasets/fashion-mnist"
-"""Of Debian's package dataset-fashion-mnist."""
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Student's t, two-sided 95 %, by the number of seeds."""
 
@@ -96,16 +95,8 @@ class Study:
 def study_parser(description: str | None, *, repeats: int = 3) -> argparse.ArgumentParser:
     """The flags of a study; its rounds are its seeds."""
     parser = make_parser(description, repeats=repeats)
-    parser.add_argument("--data", metavar="FOLDER", default=DEBIAN_FOLDER, help="gzipped IDX files")
+    add_fashion_mnist(parser)
     return parser
-
-
-def fashion_mnist(options: argparse.Namespace) -> Path:
-    """Where Fashion-MNIST is. Raises ``SkipBenchmark`` where it is not."""
-    folder = Path(options.data)
-    if not (folder / "train-images-idx3-ubyte.gz").is_file():
-        raise SkipBenchmark(f"no Fashion-MNIST in {folder}: apt install dataset-fashion-mnist")
-    return folder
 
 
 @contextlib.contextmanager
@@ -113,7 +104,7 @@ def open_study(
     options: argparse.Namespace, counts: Sequence[int], settings: Mapping[str, Any]
 ) -> Iterator[Study]:
     """Fashion-MNIST with so many training images of each class, its whole test split, and a Ray."""
-    source = str(fashion_mnist(options))
+    source = str(find_fashion_mnist(options.data))
     with scratch_folder(options.scratch) as scratch, ray_cluster(ClusterSettings()):
         images = scratch / "idx"
         images.mkdir()

@@ -14,15 +14,21 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.harness import Contestant, Ratio, SkipBenchmark, race, run_benchmark
+from benchmarks.harness import Contestant, Ratio, race, run_benchmark
 from benchmarks.labelling import num_cores
 from benchmarks.options import add_count, add_variants, make_parser, scratch_folder, select, settle
 from benchmarks.peers.fashion_mnist import write_part
 from benchmarks.report import Report, describe_machine, publish
-from benchmarks.training import COLUMNS, Dataset, pack, train_job, training_peer
+from benchmarks.training import (
+    COLUMNS,
+    Dataset,
+    add_fashion_mnist,
+    find_fashion_mnist,
+    pack,
+    train_job,
+    training_peer,
+)
 
-DEBIAN_FOLDER = "/usr/share/datasets/fashion-mnist"
-"""Of Debian's package dataset-fashion-mnist."""
 RECIPE = "fashion-mnist"
 BATCHES = (32, 256)
 VALIDATION = "--split.val=0.05"
@@ -32,9 +38,7 @@ VALIDATION = "--split.val=0.05"
 def main(argv: Sequence[str] | None = None) -> int:
     """Race, print, and return the exit code."""
     options = _parse(argv)
-    source = Path(options.data)
-    if not (source / "train-images-idx3-ubyte.gz").is_file():
-        raise SkipBenchmark(f"no Fashion-MNIST in {source}: apt install dataset-fashion-mnist")
+    source = find_fashion_mnist(options.data)
     machine = describe_machine()
     with scratch_folder(options.scratch) as scratch:
         images = source
@@ -63,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--data", metavar="FOLDER", default=DEBIAN_FOLDER, help="gzipped IDX files")
+    add_fashion_mnist(parser)
     parser.add_argument("--images", type=int, help="only the first N images (--short: 6,000)")
     add_count(parser, "--epochs", full=10, short=2, what="epochs of cnnray and Keras at batch 32")
     add_count(parser, "--loop_epochs", full=3, short=2, what="epochs of the others")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import shutil
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Contestant, ContestantFailed, Figures, note
+from benchmarks.harness import Contestant, ContestantFailed, Figures, SkipBenchmark, note
 from benchmarks.processes import Finished, run_process
 from benchmarks.report import Column
 
@@ -26,6 +27,10 @@ COLUMNS = (
 DEADLINE_SECONDS = 7200.0
 
 
+DEBIAN_FOLDER = "/usr/share/datasets/fashion-mnist"
+"""Of Debian's package dataset-fashion-mnist."""
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A packed dataset, and a scratch folder for what is trained on it."""
@@ -35,6 +40,18 @@ class Dataset:
     num_classes: int
     scratch: Path
     runs: Iterator[int] = field(default_factory=itertools.count)
+
+
+def add_fashion_mnist(parser: argparse.ArgumentParser) -> None:
+    """``--data FOLDER``, where Fashion-MNIST is."""
+    parser.add_argument("--data", metavar="FOLDER", default=DEBIAN_FOLDER, help="gzipped IDX files")
+
+
+def find_fashion_mnist(folder: str) -> Path:
+    """The folder, if it has the set. Raises ``SkipBenchmark``."""
+    if not (Path(folder) / "train-images-idx3-ubyte.gz").is_file():
+        raise SkipBenchmark(f"no Fashion-MNIST in {folder}: apt install dataset-fashion-mnist")
+    return Path(folder)
 
 
 def pack(images: Path, scratch: Path, *flags: str) -> Dataset:
@@ -58,7 +75,7 @@ def train_job(
         finished = run_process(command, seconds=DEADLINE_SECONDS)
         figures = history_figures(read_history(output)) | {"seconds": finished.seconds}
         if evaluated:
-            figures["test_accuracy"] = _evaluate(dataset, output)
+            figures["test_accuracy"] = accuracy_on_test(dataset, output)
         shutil.rmtree(output)
         return figures
 
@@ -100,7 +117,8 @@ def peer_figures(finished: Finished) -> dict[str, float]:
     return {**figures, "samples_per_second": statistics.median(rates), "seconds": finished.seconds}
 
 
-def _evaluate(dataset: Dataset, bundle: Path) -> float:
+def accuracy_on_test(dataset: Dataset, bundle: Path) -> float:
+    """Accuracy of a bundle on the test split, by ``jobs/evaluate.py``."""
     command = [sys.executable, "jobs/evaluate.py", f"--model={bundle}", f"--data={dataset.folder}"]
     output = bundle / "evaluation"
     result = run_process([*command, f"--output={output}"], seconds=DEADLINE_SECONDS).result
