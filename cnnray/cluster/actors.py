@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cnnray.cluster.runtime import node_resources
+from cnnray.cluster.runtime import count_places, node_resources
 from cnnray.config import InferenceScalingSettings
 from cnnray.errors import SettingsError
 from cnnray.process import keep_freed_memory
@@ -36,7 +36,7 @@ def inference_stage(
     """As many actors as the settings say, or as there is room for. Raises ``SettingsError``."""
     num_gpus = 1.0 if scaling.use_gpu else 0.0
     need = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {})
-    num_workers = _fitting(scaling.num_workers, _places(need), need)
+    num_workers = _fitting(scaling.num_workers, count_places(node_resources(), need), need)
     return Stage(actor, arguments, num_workers, scaling.cpus_per_worker, num_gpus)
 
 
@@ -55,22 +55,14 @@ def split_stages(
     """
     need = {"GPU": 1.0} if scaling.use_gpu else {"CPU": scaling.cpus_per_worker}
     wanted = scaling.num_workers or (None if scaling.use_gpu else 1)
-    predictors = _fitting(wanted, _places(need), need)
+    predictors = _fitting(wanted, count_places(node_resources(), need), need)
     cpus = 0.0 if scaling.use_gpu else scaling.cpus_per_worker
-    left = _places({"CPU": 1.0}) - math.ceil(predictors * max(cpus, 1.0))
+    left = count_places(node_resources(), {"CPU": 1.0}) - math.ceil(predictors * max(cpus, 1.0))
     decoders = _fitting(decode_workers, left, {"CPU": 1.0})
     return [
         Stage(decoder, arguments, decoders, num_cpus=1.0),
         Stage(predictor, arguments, predictors, cpus, need.get("GPU", 0.0)),
     ]
-
-
-def _places(need: Mapping[str, float]) -> int:
-    """How many workers that need so much of each resource fit on the cluster's nodes."""
-    return sum(
-        min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in need.items())
-        for node in node_resources()
-    )
 
 
 def _fitting(wanted: int | None, places: int, need: Mapping[str, float]) -> int:

@@ -54,8 +54,7 @@ def plan_scaling(scaling: ScalingSettings, resources: WorkerResources) -> ray.tr
         if scaling.is_elastic
         else scaling.num_workers,
         use_gpu=scaling.use_gpu,
-        resources_per_worker={"CPU": resources.cpus}
-        | ({"GPU": resources.gpus} if resources.gpus else {}),
+        resources_per_worker=resources.need,
         elastic_resize_monitor_interval_s=RESIZE_SECONDS,
     )
 

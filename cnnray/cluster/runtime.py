@@ -36,19 +36,20 @@ class WorkerResources:
     threads: int
     reading_fraction: float  # of all CPUs: what the workers leave for reading, at least
 
+    @property
+    def need(self) -> dict[str, float]:
+        """What one worker reserves, as Ray counts it."""
+        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+
     def places_on(self, nodes: Iterable[Mapping[str, float]]) -> int:
         """How many workers the nodes could hold, if nothing else ran there."""
-        return sum(self._places(node) for node in nodes)
+        return count_places(nodes, self.need)
 
     def fitting(self, nodes: Collection[Mapping[str, float]]) -> int:
         """How many workers fit the nodes side by side with what reads their data."""
         total = _total(nodes, "CPU")
         room = total - max(READER_CPUS, self.reading_fraction * total)
         return max(0, min(self.places_on(nodes), _whole(room / self.cpus)))
-
-    def _places(self, node: Mapping[str, float]) -> int:
-        places = _whole(node.get("CPU", 0.0) / self.cpus)
-        return min(places, _whole(node.get("GPU", 0.0) / self.gpus)) if self.gpus else places
 
 
 @contextlib.contextmanager
@@ -182,6 +183,13 @@ def _set_ray_defaults(*, is_local: bool) -> None:
 def node_resources() -> list[dict[str, float]]:
     """What each node that is alive has in all: CPU, GPU, object_store_memory and others."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def count_places(nodes: Iterable[Mapping[str, float]], need: Mapping[str, float]) -> int:
+    """How many workers that need so much of each resource fit on the nodes."""
+    return sum(
+        min(_whole(node.get(name, 0.0) / amount) for name, amount in need.items()) for node in nodes
+    )
 
 
 def plan_workers(scaling: ScalingSettings) -> WorkerResources:

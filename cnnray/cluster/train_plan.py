@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from cnnray.cluster.train_build import make_optimizer, plan_resizing
-from cnnray.config import TrainSettings
+from cnnray.config import TrainSettings, absolute_path
 from cnnray.datasets.manifest import Manifest, get_split, read_manifest
 from cnnray.datasets.order import NUM_LANES
 from cnnray.errors import ConflictError, DataError, SettingsError, UsageError
-from cnnray.models.bundle import DOCUMENT_KEY, WEIGHTS_KEY
-from cnnray.storage import Store, child, encode_json, open_store, read_json, sha256, split_uri
+from cnnray.models.bundle import DOCUMENT_KEY, delete_bundle
+from cnnray.storage import Store, child, encode_json, open_store, read_json, sha256
 from cnnray.training.checkpoints import delete_checkpoints
 from cnnray.training.compute import require_computable
 from cnnray.training.distillation import TeacherBundle, find_teacher
@@ -123,7 +123,7 @@ def _plan_network(settings: TrainSettings, manifest: Manifest) -> Network:
         name=settings.model.name,
         classes=manifest.classes,
         preprocessing=preprocessing,
-        weights=_absolute(settings.model.weights),
+        weights=absolute_path(settings.model.weights),  # workers have other working folders
         freeze_backbone=settings.model.freeze == "backbone",
         seed=settings.seed,
         dropout=settings.model.dropout,
@@ -146,14 +146,6 @@ def _find_teacher(settings: TrainSettings, network: Network) -> TeacherBundle | 
     return find_teacher(settings.distill.teacher, classes=network.classes)
 
 
-def _absolute(path: str | None) -> str | None:
-    """The same file for a worker, whose working folder is another one."""
-    if path is None:
-        return None
-    store, key = split_uri(path)
-    return f"{store.uri}/{key}"
-
-
 def _claim_output(settings: TrainSettings, plan: TrainPlan) -> None:
     """Make sure that what is at output is this run, or nothing."""
     output, run, teacher = plan.output, plan.run, plan.teacher
@@ -162,8 +154,7 @@ def _claim_output(settings: TrainSettings, plan: TrainPlan) -> None:
             f"the teacher is at --output: {output.uri}", hint="choose another --output"
         )
     if settings.overwrite:
-        for key in (DOCUMENT_KEY, WEIGHTS_KEY):
-            output.delete(key)
+        delete_bundle(output)
         delete_checkpoints(run)
         run.delete(SETTINGS_KEY)
         run.delete(TRACKING_KEY)
@@ -176,17 +167,37 @@ def _claim_output(settings: TrainSettings, plan: TrainPlan) -> None:
     identity["dataset_sha256"] = sha256(plan.manifest.to_bytes())
     if teacher is not None:
         identity["distill"]["teacher"] = teacher.digest  # which one it is, not where
-    if run.head(SETTINGS_KEY) is None:
-        run.create(SETTINGS_KEY, encode_json(identity))
+    claim_settings(
+        run,
+        SETTINGS_KEY,
+        identity,
+        defaults=_identity(TrainSettings(data=settings.data, output=settings.output)),
+        what=f"run {settings.run_name} at {output.uri}",
+        hint="choose another --run_name, or --overwrite to start anew",
+    )
+
+
+def claim_settings(
+    store: Store,
+    key: str,
+    identity: dict[str, Any],
+    *,
+    defaults: dict[str, Any],
+    what: str,
+    hint: str,
+) -> None:
+    """Write down what something is begun with. Raises ``ConflictError`` where that is different.
+
+    ``defaults`` are of settings that there may not have been yet when it was written.
+    """
+    if store.head(key) is None:
+        store.create(key, encode_json(identity))
         return
-    defaults = _identity(TrainSettings(data=settings.data, output=settings.output))
-    found = _with_defaults(read_json(run, SETTINGS_KEY), defaults)
+    found = _with_defaults(read_json(store, key), defaults)
     changed = sorted(name for name in identity if found.get(name) != identity[name])
     if changed:
         raise ConflictError(
-            f"run {settings.run_name} at {output.uri} was started with other settings:"
-            f" {', '.join(changed)}",
-            hint="choose another --run_name, or --overwrite to start anew",
+            f"{what} was started with other settings: {', '.join(changed)}", hint=hint
         )
 
 

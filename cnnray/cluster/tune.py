@@ -8,6 +8,7 @@ import os
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -17,20 +18,13 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from cnnray import __version__
 from cnnray.cluster.runtime import node_resources, ray_cluster, share_of_cpus
 from cnnray.cluster.train import train
-from cnnray.cluster.train_plan import run_folder
+from cnnray.cluster.train_plan import claim_settings, run_folder
 from cnnray.cluster.tune_trials import SCORE, TrialLog, TrialSearcher, run_trial
 from cnnray.config import TrainSettings, TuneSettings, build_settings, check_names
 from cnnray.datasets.manifest import read_manifest
-from cnnray.errors import ConflictError, DataError, IncompleteError, SettingsError, UsageError
-from cnnray.models.bundle import DOCUMENT_KEY, WEIGHTS_KEY, load_bundle
-from cnnray.storage import (
-    Store,
-    encode_json,
-    open_store,
-    read_json,
-    sha256,
-    split_uri,
-)
+from cnnray.errors import DataError, IncompleteError, SettingsError, UsageError
+from cnnray.models.bundle import DOCUMENT_KEY, WEIGHTS_KEY, delete_bundle, load_bundle
+from cnnray.storage import Store, open_store, sha256, split_uri
 from cnnray.training.checkpoints import delete_checkpoints
 from cnnray.tuning.report import REPORT_KEY, write_report
 from cnnray.tuning.search import DEFAULT, open_search
@@ -44,12 +38,7 @@ from cnnray.tuning.space import (
     parse_space,
     point_name,
 )
-from cnnray.tuning.trials import (
-    Trial,
-    begun_points,
-    rank,
-    trial_store,
-)
+from cnnray.tuning.trials import Trial, begun_points, rank, trial_store
 
 logger = logging.getLogger(__name__)
 
@@ -77,13 +66,16 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
             hint="pack it again with --split.val",
         )
     _check_points(settings, space)
-    _claim_output(settings, output, space=space, dataset=sha256(manifest.to_bytes()))
+    known = _claim_output(settings, output, space=space, dataset=sha256(manifest.to_bytes()))
     with ray_cluster(settings.cluster):
         settings, concurrent = plan_concurrency(settings)
-        searcher = _search(settings, space, output, concurrent=concurrent)
-        best = _best(searcher, settings)
-        _keep_bundle(best, settings, output)
-    return _finish(searcher, best, settings, space=space, output=output, started=started)
+        searcher = _search(settings, space, output, concurrent=concurrent, known=known)
+        trials = rank(searcher.trials(), settings.metric)
+        _require_whole_trial(trials, lost=len(searcher.lost))
+        _keep_bundle(trials[0], settings, output)
+    result = _finish(trials, settings, space=space, output=output)
+    seconds = round(time.perf_counter() - started, 1)
+    return result | {"lost": len(searcher.lost), "seconds": seconds}
 
 
 def _read_space(path: str) -> Space:
@@ -97,7 +89,7 @@ def _read_space(path: str) -> Space:
 def trial_settings(settings: TuneSettings, point: Point) -> TrainSettings:
     """The settings of the trial at a point. Raises ``SettingsError`` for values that do not fit."""
     output = trial_store(open_store(settings.output), point).uri
-    own = {"data": settings.data, "output": output, "order_log": None, "overwrite": False}
+    own = {"output": output, "order_log": None, "overwrite": False}
     values = settings.model_dump(include=set(TrainSettings.model_fields))
     found = build_settings(TrainSettings, merge(values, point) | own, where=describe(point))
     return found.with_absolute_paths()  # a trial works in a folder of its own
@@ -117,37 +109,42 @@ def _check_points(settings: TuneSettings, space: Space) -> None:
             trial_settings(settings, {name: value})
 
 
-def _claim_output(settings: TuneSettings, output: Store, *, space: Space, dataset: str) -> None:
-    """Make sure that what is at output is this search, with trials left to do, or nothing."""
+def _claim_output(
+    settings: TuneSettings, output: Store, *, space: Space, dataset: str
+) -> list[Point]:
+    """Make sure that what is at output is this search, with trials left to do, or nothing.
+
+    Returned are the points that have been begun.
+    """
     if settings.overwrite:
-        _delete_bundle(output)
+        delete_bundle(output)
         output.delete(SETTINGS_KEY)
         for stored in list(output.list("trials/")):
             output.delete(stored.key)
     trained = set(TrainSettings.model_fields) - OWN
     identity = settings.model_dump(mode="json", include=trained)
     identity |= {"dataset_sha256": dataset, "space": describe_space(space)}
-    if output.head(SETTINGS_KEY) is None:
-        if output.head(DOCUMENT_KEY) is not None:
-            raise UsageError(
-                f"{output.uri} holds a bundle already",
-                hint="choose another --output, or --overwrite",
-            )
-        output.create(SETTINGS_KEY, encode_json(identity))
-        return
-    found = read_json(output, SETTINGS_KEY)
-    changed = sorted(name for name in identity if found.get(name) != identity[name])
-    if changed:
-        raise ConflictError(
-            f"the search at {output.uri} was started with other settings: {', '.join(changed)}",
-            hint="choose another --output, or --overwrite to start anew",
-        )
-    begun = len(begun_points(output))
-    if output.head(DOCUMENT_KEY) is not None and begun >= settings.trials:
+    has_bundle = output.head(DOCUMENT_KEY) is not None
+    if has_bundle and output.head(SETTINGS_KEY) is None:
         raise UsageError(
-            f"{output.uri} holds the best of {begun} trials already",
+            f"{output.uri} holds a bundle already",
+            hint="choose another --output, or --overwrite",
+        )
+    claim_settings(
+        output,
+        SETTINGS_KEY,
+        identity,
+        defaults={},
+        what=f"the search at {output.uri}",
+        hint="choose another --output, or --overwrite to start anew",
+    )
+    begun = begun_points(output)
+    if has_bundle and len(begun) >= settings.trials:
+        raise UsageError(
+            f"{output.uri} holds the best of {len(begun)} trials already",
             hint="raise --trials to go on, choose another --output, or --overwrite",
         )
+    return begun
 
 
 def plan_concurrency(settings: TuneSettings) -> tuple[TuneSettings, int]:
@@ -174,10 +171,9 @@ def plan_concurrency(settings: TuneSettings) -> tuple[TuneSettings, int]:
 
 
 def _search(
-    settings: TuneSettings, space: Space, output: Store, *, concurrent: int
+    settings: TuneSettings, space: Space, output: Store, *, concurrent: int, known: Sequence[Point]
 ) -> TrialSearcher:
     """Run all trials; those that are over already only repeat what they reported."""
-    known = begun_points(output)
     search = open_search(
         settings.search, space, trials=settings.trials, seed=settings.seed, known=known
     )
@@ -230,23 +226,22 @@ def _scheduler(settings: TuneSettings) -> TrialScheduler:
     )
 
 
-def _best(searcher: TrialSearcher, settings: TuneSettings) -> Trial:
-    """The best trial that came to its end. Raises what is to be said where there is none."""
-    trials = rank(searcher.trials(), settings.metric)
+def _require_whole_trial(trials: Sequence[Trial], *, lost: int) -> None:
+    """Raise what is to be said where none, of which the best comes first, came to its end."""
     if trials and trials[0].status == "done":
-        return trials[0]
+        return
     failures = [trial.error for trial in trials if trial.error is not None]
-    if failures and not searcher.lost:
+    if failures and not lost:
         raise UsageError(f"no trial came to its end: {failures[0]}")
     raise IncompleteError(
-        f"{len(searcher.lost)} trials were lost, and none came to its end",
+        f"{lost} trials were lost, and none came to its end",
         hint="see the errors above; the same command goes on",
     )
 
 
 def _keep_bundle(best: Trial, settings: TuneSettings, output: Store) -> None:
     """Put the best bundle at output: a copy, or that of a longer training with its settings."""
-    _delete_bundle(output)
+    delete_bundle(output)
     if settings.refit_epochs:
         own = {"output": output.uri, "run_name": f"refit-{best.name}"}
         chosen = trial_settings(settings, best.point).model_copy(
@@ -259,22 +254,11 @@ def _keep_bundle(best: Trial, settings: TuneSettings, output: Store) -> None:
         output.create(key, source.read(key))
 
 
-def _delete_bundle(output: Store) -> None:
-    for key in (DOCUMENT_KEY, WEIGHTS_KEY):
-        output.delete(key)
-
-
 def _finish(
-    searcher: TrialSearcher,
-    best: Trial,
-    settings: TuneSettings,
-    *,
-    space: Space,
-    output: Store,
-    started: float,
+    trials: Sequence[Trial], settings: TuneSettings, *, space: Space, output: Store
 ) -> dict[str, Any]:
     """Write the table and the report, remove what is no longer needed, say what came out."""
-    trials = rank(searcher.trials(), settings.metric)
+    best = trials[0]
     facts = {
         "dataset": settings.data,
         "space": ", ".join(describe_space(space)),
@@ -297,7 +281,5 @@ def _finish(
         ),
         "trials": len(trials),
         **{status: counts[status] for status in ("done", "stopped", "failed")},
-        "lost": len(searcher.lost),
         "report": f"{output.uri}/{REPORT_KEY}",
-        "seconds": round(time.perf_counter() - started, 1),
     }

@@ -75,6 +75,12 @@ def save_bundle(store: Store, model: Classifier, spec: BundleSpec) -> str:
     return _digest(parsed, weights_sha256)
 
 
+def delete_bundle(store: Store) -> None:
+    """Remove a bundle, its document first: without it there is none."""
+    for key in (DOCUMENT_KEY, WEIGHTS_KEY):
+        store.delete(key)
+
+
 def load_bundle(store: Store) -> Bundle:
     """Read a bundle back, bit for bit. Raises ``ModelError`` when anything does not fit."""
     spec, weights_sha256 = _read(store)
