@@ -110,17 +110,29 @@ def ray_cluster(settings: ClusterSettings) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM (``ray job stop``) end the job in order, as ``IncompleteError``."""
+    """Let SIGTERM (``ray job stop``) end the job in order, as ``IncompleteError``.
+
+    On its way the stop is a ``KeyboardInterrupt``: libraries let that one through, while an
+    ``Exception`` may come while one of them runs that has something to do instead. (Ray serialises
+    a table the slow way when the fast one raises, whatever it raises.)
+    """
+    is_stopped = False
 
     def stop(number: int, frame: object) -> None:
-        raise IncompleteError(
-            "stopped by SIGTERM; what was complete is published",
-            hint="submit the same command again: it labels what is left",
-        )
+        nonlocal is_stopped
+        is_stopped = True
+        raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except KeyboardInterrupt:
+        if not is_stopped:
+            raise
+        raise IncompleteError(
+            "stopped by SIGTERM; what was complete is published",
+            hint="submit the same command again: it labels what is left",
+        ) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 from typing import Any
 
 import pytest
 
 import cnnray.cluster.runtime as runtime
-from cnnray.cluster.runtime import WorkerResources, plan_workers, refuse_open_cluster
+from cnnray.cluster.runtime import (
+    WorkerResources,
+    plan_workers,
+    refuse_open_cluster,
+    stop_on_sigterm,
+)
 from cnnray.config import PackSettings, ScalingSettings, load_settings
-from cnnray.errors import SettingsError
+from cnnray.errors import IncompleteError, SettingsError
 
 Nodes = list[dict[str, float]]
 
@@ -128,3 +136,18 @@ def test_workers_that_fit_another_cluster_leave_room_to_read_there_too(monkeypat
     assert [given.fitting(cpus(*[4] * nodes)) for nodes in (0, 1, 2)] == [0, 10, 23]
     on_gpus = plan(monkeypatch, gpus(2), num_workers="1:8", use_gpu=True)
     assert [on_gpus.fitting(gpus(nodes)) for nodes in (0, 1, 2, 8)] == [0, 1, 2, 8]
+
+
+def test_a_stop_gets_through_a_library_that_goes_on_after_any_exception():
+    def work() -> None:
+        with contextlib.suppress(Exception):
+            os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("the stop was swallowed")
+
+    with pytest.raises(IncompleteError, match="stopped by SIGTERM"), stop_on_sigterm():
+        work()
+
+
+def test_an_interrupt_stays_an_interrupt():
+    with pytest.raises(KeyboardInterrupt), stop_on_sigterm():
+        os.kill(os.getpid(), signal.SIGINT)
