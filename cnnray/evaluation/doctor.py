@@ -22,14 +22,16 @@ def read_run(provenance: Mapping[str, Any], *, classes: Sequence[str]) -> Traini
     """The run that a bundle's provenance tells of; None where it tells less than is needed."""
     try:
         dataset = provenance["dataset"]
+        mix = provenance.get("settings", {}).get("mix", {})
         return TypeAdapter(TrainingRun).validate_python(
             {
                 "history": provenance["history"],
                 "class_counts": dict(zip(classes, dataset["class_counts"], strict=True)),
                 "num_val": dataset["num_val"],
+                "is_mixed": any(mix.get(name) for name in ("mixup_alpha", "cutmix_alpha")),
             }
         )
-    except (KeyError, TypeError, ValueError):  # pydantic's errors are ValueErrors
+    except (AttributeError, KeyError, TypeError, ValueError):  # pydantic's are ValueErrors
         return None
 
 

@@ -58,6 +58,7 @@ class TrainingRun:
     history: tuple[Epoch, ...]
     class_counts: Mapping[str, int]  # of the training split
     num_val: int
+    is_mixed: bool = False  # MixUp or CutMix: training accuracy depends on how it was mixed
 
     @cached_property
     def num_train(self) -> int:

@@ -32,6 +32,7 @@ def rate_too_high(run: TrainingRun) -> Finding | None:
     """Accuracy that drops late in training, or ends below its best; a first epoch that blew up.
 
     Early swings are left alone: they are common at good rates, and gone when the rate is annealed.
+    So is the training accuracy of mixed images, which drops where an epoch was mixed more.
     """
     if len(run.history) < 3:
         return None
@@ -40,11 +41,12 @@ def rate_too_high(run: TrainingRun) -> Finding | None:
     drops = [
         b
         for a, b in pairwise(late)
-        if a.train_accuracy - b.train_accuracy > _step(a.train_accuracy, run.num_train)
+        if not run.is_mixed
+        and a.train_accuracy - b.train_accuracy > _step(a.train_accuracy, run.num_train)
     ]
     swings = _swings([e.val_accuracy for e in late if e.val_accuracy is not None], n=run.num_val)
     lost = max(train) - train[-1]
-    is_lost = lost > _step(max(train), run.num_train)
+    is_lost = not run.is_mixed and lost > _step(max(train), run.num_train)
     blew_up = _blew_up(run)
     if len(drops) < 2 and swings < 2 and not is_lost and not blew_up:
         return None

@@ -210,6 +210,35 @@ def test_rate_that_does_not_settle_or_blows_up_is_too_high(fit, optimizer, lr):
     assert found["learning_rate_too_high"].advice[0] == f"--optimizer.lr {lr / 10:.2g}"
 
 
+@pytest.mark.parametrize(
+    ("mix", "found"),
+    [
+        ({"mixup_alpha": 0.0, "cutmix_alpha": 0.0}, ["learning_rate_too_high"]),
+        ({"mixup_alpha": 0.2, "cutmix_alpha": 0.0}, []),
+        ({"mixup_alpha": 0.0, "cutmix_alpha": 1.0}, []),
+    ],
+)
+def test_training_accuracy_of_mixed_images_may_drop_at_a_good_rate(mix, found):
+    train_accuracies = (0.5, 0.6, 0.7, 0.72, 0.74, 0.62, 0.75, 0.64, 0.76)
+    history = [
+        {
+            "train_loss": 2.0 - accuracy,
+            "train_accuracy": accuracy,
+            "val_loss": 0.5,
+            "val_accuracy": 0.5 + epoch / 20,
+            "learning_rate": 0.05,
+        }
+        for epoch, accuracy in enumerate(train_accuracies)
+    ]
+    provenance = {
+        "history": history,
+        "dataset": {"class_counts": [100] * 10, "num_val": 400},
+        "settings": {"mix": mix},
+    }
+    findings = diagnose(read_run(provenance, classes=CLASSES))
+    assert [finding.name for finding in findings] == found
+
+
 @pytest.mark.parametrize(("optimizer", "lr"), [("adam", 2e-5), ("sgd", 1e-4)])
 def test_rate_at_which_the_loss_crawls_in_a_line_is_too_low(fit, optimizer, lr):
     found = fit(optimizer=optimizer, lr=lr).findings()

@@ -13,9 +13,12 @@ def test_any_size_from_8_px_gives_one_logit_a_class(image_size: int, channels: i
     assert model(torch.zeros(2, channels, image_size, image_size)).shape == (2, 5)
 
 
-def test_it_has_as_many_parameters_for_any_image_size() -> None:
-    counts = {sum(p.numel() for p in SmallCNN(10, 1, size).parameters()) for size in (8, 28, 64)}
-    assert len(counts) == 1
+def test_images_from_40_px_on_have_one_more_stage_and_no_other_size_matters() -> None:
+    counts = [
+        sum(parameter.numel() for parameter in SmallCNN(10, 1, size).parameters())
+        for size in (8, 28, 39, 40, 64)
+    ]
+    assert counts[0] == counts[1] == counts[2] < counts[3] == counts[4]
 
 
 def test_images_below_8_px_are_refused() -> None:
