@@ -20,6 +20,7 @@ check: install
 
 # The promises of the classify and train jobs at full size; two hours on two cores.
 soak: install
+	$(BIN)/python -m pytest -m soak
 	$(BIN)/python tests/faults/order_soak.py
 	$(BIN)/python tests/faults/soak.py all
 

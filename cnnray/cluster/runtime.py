@@ -53,10 +53,11 @@ class WorkerResources:
 
 
 @contextlib.contextmanager
-def ray_cluster(settings: ClusterSettings) -> Iterator[None]:
+def ray_cluster(settings: ClusterSettings, *, dashboard: bool = False) -> Iterator[None]:
     """Ray for the length of a job: a running cluster, or a local one that is stopped again.
 
-    A Ray that the process has started before (a test's) is used and left alone.
+    A Ray that the process has started before (a test's) is used and left alone. A local one has a
+    ``dashboard``, on loopback, only where its interfaces are needed.
     Raises ``CnnrayError`` when the cluster cannot be reached, ``SettingsError`` when it is open.
     """
     if ray.is_initialized():
@@ -73,7 +74,7 @@ def ray_cluster(settings: ClusterSettings) -> Iterator[None]:
             ray.init(
                 address="local",
                 num_cpus=settings.num_cpus,
-                include_dashboard=False,
+                include_dashboard=dashboard,
                 log_to_driver=settings.worker_logs,
                 logging_level=logging.WARNING,
             )

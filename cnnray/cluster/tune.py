@@ -67,7 +67,9 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
         )
     _check_points(settings, space)
     known = _claim_output(settings, output, space=space, dataset=sha256(manifest.to_bytes()))
-    with ray_cluster(settings.cluster):
+    # Where a trial is stopped, Ray Train gives back what it had reserved once the dashboard's
+    # interfaces say that it is gone; without them the CPUs would be lost to the next trials.
+    with ray_cluster(settings.cluster, dashboard=True):
         settings, concurrent = plan_concurrency(settings)
         searcher = _search(settings, space, output, concurrent=concurrent, known=known)
         trials = rank(searcher.trials(), settings.metric)

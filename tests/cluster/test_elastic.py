@@ -97,6 +97,7 @@ def drain(node: Any, *, seconds: float) -> None:
     assert is_accepted, why_not
 
 
+@pytest.mark.soak
 def test_a_run_begins_with_the_one_worker_that_fits_and_goes_on_with_two_once_a_node_joins(
     cluster, run_training, trained, monkeypatch, caplog, tmp_path
 ):
@@ -167,6 +168,7 @@ def test_a_worker_killed_inside_an_epoch_is_replaced_and_no_sample_is_lost_or_ta
     assert losses(run.history) == pytest.approx(losses(trained.history[:1]), abs=1e-3)
 
 
+@pytest.mark.soak
 def test_a_node_that_gives_notice_has_a_checkpoint_written_from_which_another_goes_on(
     cluster, run_training, trained, monkeypatch, caplog, tmp_path
 ):

@@ -10,7 +10,7 @@ import pytest
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-@pytest.mark.parametrize("name", ["pack", "train", "evaluate", "classify", "bench"])
+@pytest.mark.parametrize("name", ["pack", "train", "tune", "evaluate", "classify", "bench"])
 def test_help_is_printed_without_starting_anything(name, run):
     done = run("python", f"jobs/{name}.py", "--help", seconds=60)
     assert done.returncode == 0
