@@ -219,15 +219,17 @@ def _provenance(
         "class_counts": list(manifest.splits["train"].class_counts),
         "num_val": manifest.splits["val"].num_samples,
     }
-    run = read_run({"dataset": dataset, "history": history}, classes=manifest.classes)
-    findings = diagnose(run)
-    for finding in findings:
-        logger.warning("diagnosis: %s try: %s", finding.text, "; ".join(finding.advice))
-    return {
+    provenance: dict[str, Any] = {
         "settings": job.settings.model_dump(mode="json", exclude={"cluster"}),
         "dataset": dataset,
         "teacher": None if job.teacher is None else job.teacher.describe(),
         "history": list(history),
+    }
+    findings = diagnose(read_run(provenance, classes=manifest.classes))
+    for finding in findings:
+        logger.warning("diagnosis: %s try: %s", finding.text, "; ".join(finding.advice))
+    return {
+        **provenance,
         "diagnosis": [finding.to_dict() for finding in findings],
         "versions": {"cnnray": __version__, "torch": torch.__version__, "ray": ray.__version__},
     }
