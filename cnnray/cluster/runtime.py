@@ -113,9 +113,9 @@ def ray_cluster(settings: ClusterSettings, *, dashboard: bool = False) -> Iterat
 def stop_on_sigterm() -> Iterator[None]:
     """Let SIGTERM (``ray job stop``) end the job in order, as ``IncompleteError``.
 
-    On its way the stop is a ``KeyboardInterrupt``: libraries let that one through, while an
-    ``Exception`` may come while one of them runs that has something to do instead. (Ray serialises
-    a table the slow way when the fast one raises, whatever it raises.)
+    On its way the stop is a ``KeyboardInterrupt``, which libraries let through. An ``Exception``
+    may be caught by one that happens to run: Ray serialises a table the slow way when the fast one
+    raises, whatever it raises.
     """
     is_stopped = False
 

@@ -31,7 +31,7 @@ def test_a_search_stops_what_is_behind_keeps_the_best_and_goes_on_with_more_tria
     packed = run("python", "jobs/pack.py", "--input", str(shades), "--output", str(data))
     assert packed.returncode == 0, packed.stderr
     (tmp_path / "space.yaml").write_text(SPACE)
-    command = ["python", "jobs/tune.py", f"--data={data}", f"--output={best}", "--epochs=20"]
+    command = ["python", "jobs/tune.py", f"--data={data}", f"--output={best}", "--epochs=40"]
     command += [f"--space={tmp_path / 'space.yaml'}", "--search=grid", "--grace_epochs=1"]
     command += ["--optimizer.name=sgd", "--optimizer.lr=0.02", "--cluster.num_cpus=2"]
 
@@ -42,7 +42,7 @@ def test_a_search_stops_what_is_behind_keeps_the_best_and_goes_on_with_more_tria
     assert [result[name] for name in ("trials", "done", "stopped", "failed")] == [3, 1, 1, 1]
     assert result["val_accuracy"] == result["default"] == 1.0
     first = rows_of(best)
-    assert first["1e-07"]["epochs"] < 20  # it trains on until it is told
+    assert first["1e-07"]["epochs"] < 40  # it trains on until it is told
     assert "not finite" in first["1e+30"]["error"]
     assert load_bundle(open_store(str(best))).digest == result["model"]
 
@@ -53,10 +53,12 @@ def test_a_search_stops_what_is_behind_keeps_the_best_and_goes_on_with_more_tria
     done = run(*command, "--trials=9", "--refit_epochs=2")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert [result[name] for name in ("trials", "stopped", "failed")] == [4, 1, 1]
+    assert [result[name] for name in ("trials", "done", "stopped", "failed")] == [4, 2, 1, 1]
     rows = rows_of(best)
     assert {lr: rows[lr] for lr in first} == first, "trials that were over ran again"
     bundle = load_bundle(open_store(str(best)))
     assert bundle.digest == result["model"]
     assert len(bundle.spec.provenance["history"]) == 2
+    chosen = result["best"].get("optimizer.lr", 0.02)
+    assert bundle.spec.provenance["settings"]["optimizer"]["lr"] == chosen
     assert not list((best / "trials").glob("*/training/main/epoch-*"))
