@@ -26,10 +26,10 @@ from benchmarks.options import make_parser, scratch_folder
 from benchmarks.peers.fashion_mnist import Labels, Pixels, read_split, write_split
 from benchmarks.report import Column
 from benchmarks.training import add_fashion_mnist, find_fashion_mnist
-from cnnray.cluster.evaluate import evaluate
-from cnnray.cluster.pack import pack
-from cnnray.cluster.runtime import ray_cluster
-from cnnray.cluster.train import train
+from cnnray.cluster.core.session import ray_cluster
+from cnnray.cluster.evaluate.job import evaluate
+from cnnray.cluster.pack.job import pack
+from cnnray.cluster.train.job import train
 from cnnray.config import ClusterSettings, EvaluateSettings, PackSettings, TrainSettings
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}

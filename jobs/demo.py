@@ -14,11 +14,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from cnnray.cli import run_job
-from cnnray.cluster.classify import classify
-from cnnray.cluster.evaluate import evaluate
-from cnnray.cluster.pack import pack
-from cnnray.cluster.runtime import ray_cluster
-from cnnray.cluster.train import train
+from cnnray.cluster.classify.job import classify
+from cnnray.cluster.core.session import ray_cluster
+from cnnray.cluster.evaluate.job import evaluate
+from cnnray.cluster.pack.job import pack
+from cnnray.cluster.train.job import train
 from cnnray.config import (
     ClassifySettings,
     DemoSettings,

@@ -8,4 +8,4 @@ from cnnray.cli import run_job
 from cnnray.config import EvaluateSettings
 
 if __name__ == "__main__":
-    run_job(EvaluateSettings, "cnnray.cluster.evaluate:evaluate")
+    run_job(EvaluateSettings, "cnnray.cluster.evaluate.job:evaluate")

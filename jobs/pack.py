@@ -8,4 +8,4 @@ from cnnray.cli import run_job
 from cnnray.config import PackSettings
 
 if __name__ == "__main__":
-    run_job(PackSettings, "cnnray.cluster.pack:pack")
+    run_job(PackSettings, "cnnray.cluster.pack.job:pack")

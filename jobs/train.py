@@ -8,4 +8,4 @@ from cnnray.cli import run_job
 from cnnray.config import TrainSettings
 
 if __name__ == "__main__":
-    run_job(TrainSettings, "cnnray.cluster.train:train")
+    run_job(TrainSettings, "cnnray.cluster.train.job:train")

@@ -8,4 +8,4 @@ from cnnray.cli import run_job
 from cnnray.config import TuneSettings
 
 if __name__ == "__main__":
-    run_job(TuneSettings, "cnnray.cluster.tune:tune")
+    run_job(TuneSettings, "cnnray.cluster.tune.job:tune")

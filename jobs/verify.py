@@ -8,4 +8,4 @@ from cnnray.cli import run_job
 from cnnray.config import VerifySettings
 
 if __name__ == "__main__":
-    run_job(VerifySettings, "cnnray.cluster.verify:verify")
+    run_job(VerifySettings, "cnnray.cluster.verify.job:verify")

@@ -137,7 +137,7 @@ def dataset(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """``photos``, packed."""
-    from cnnray.cluster.pack import pack
+    from cnnray.cluster.pack.job import pack
 
     output = tmp_path_factory.mktemp("packed") / "dataset"
     pack(pack_settings(input=str(photos), output=str(output)))
@@ -179,7 +179,7 @@ def run_training(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Run]:
     """Train on the dataset, with an order log."""
-    from cnnray.cluster.train import train
+    from cnnray.cluster.train.job import train
 
     def run(**changes: Any) -> Run:
         folder = tmp_path_factory.mktemp("run")

@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cnnray.cluster.classify import classify
-from cnnray.cluster.evaluate import evaluate
-from cnnray.cluster.pack import pack
-from cnnray.cluster.train import train
-from cnnray.cluster.verify import verify
+from cnnray.cluster.classify.job import classify
+from cnnray.cluster.evaluate.job import evaluate
+from cnnray.cluster.pack.job import pack
+from cnnray.cluster.train.job import train
+from cnnray.cluster.verify.job import verify
 from cnnray.config import VerifySettings
 from cnnray.errors import StorageError
 from cnnray.storage import open_store

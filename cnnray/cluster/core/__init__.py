@@ -1,0 +1,1 @@
+"""What every job on Ray is made of."""

@@ -1,0 +1,39 @@
+"""What went wrong, out of the errors that Ray wraps it in."""
+
+from __future__ import annotations
+
+from cnnray.errors import CnnrayError
+
+
+def find_cause(error: BaseException) -> CnnrayError | None:
+    """The cnnray error that a Ray error wraps, however deep, or None."""
+    seen: set[int] = set()
+    waiting: list[object] = [error]
+    while waiting:
+        current = waiting.pop()
+        if not isinstance(current, BaseException) or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, CnnrayError):
+            return _plain(current)
+        waiting += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        failures = getattr(current, "worker_failures", None) or {}
+        waiting += [*failures.values(), getattr(current, "controller_failure", None)]
+    return None
+
+
+def _plain(error: CnnrayError) -> CnnrayError:
+    """The error without the remote traceback that Ray adds to its text."""
+    text = str(getattr(error, "cause", error))
+    if text == str(error):
+        return error
+    for kind in type(error).__mro__:
+        if issubclass(kind, CnnrayError) and kind.__module__ == "cnnray.errors":
+            return kind(text)
+    return error
+
+
+def last_line(error: BaseException) -> str:
+    """The line of a Ray error's text that says what happened: the last one of its traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,1 @@
+"""How images become labels on Ray, for every job that asks a model."""

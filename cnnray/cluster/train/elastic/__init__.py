@@ -1,0 +1,1 @@
+"""A number of workers that changes while they train."""

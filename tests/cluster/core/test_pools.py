@@ -1,0 +1,160 @@
+"""Tables through pools of actors: bounded, retried, and never waited for in vain."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from cnnray.cluster.core.pools import CALLS, map_tables
+from cnnray.cluster.core.streaming import Stage
+from cnnray.errors import CnnrayError, DataError, IncompleteError
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(180),
+    pytest.mark.usefixtures("ray_session"),
+]
+
+
+def tables(count: int) -> list[pa.Table]:
+    return [pa.table({"n": [number]}) for number in range(count)]
+
+
+def numbers(results: Iterator[pa.Table]) -> list[int]:
+    return sorted(table["n"][0].as_py() for table in results)
+
+
+class Add:
+    """Adds to the number."""
+
+    def __init__(self, *, summand: int = 0, folder: Path | None = None) -> None:
+        self.summand = summand
+        self.folder = folder
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return pa.table({"n": [table["n"][0].as_py() + self.summand]})
+
+
+def test_every_table_passes_all_stages():
+    stages = [Stage(Add, {"summand": 10}, 1, 1, 0.5), Stage(Add, {"summand": 200}, 2, 2, 0.5)]
+    assert numbers(map_tables(tables(20), stages, stall_seconds=60)) == [210 + n for n in range(20)]
+
+
+def test_no_tables_and_fewer_tables_than_workers_end_at_once():
+    stage = Stage(Add, {}, 2, 2, 1.0)
+    assert numbers(map_tables([], [stage], stall_seconds=60)) == []
+    assert numbers(map_tables(tables(1), [stage], stall_seconds=60)) == [0]
+
+
+def test_tables_are_taken_as_there_is_room_for_them():
+    taken = []
+
+    def source() -> Iterator[pa.Table]:
+        for table in tables(50):
+            taken.append(table)
+            yield table
+
+    results = map_tables(source(), [Stage(Add, {}, 2, 2, 0.5)], stall_seconds=60)
+    next(results)
+    assert len(taken) <= 2 * CALLS + 2
+    results.close()
+
+
+class Slow(Add):
+    def __call__(self, table: pa.Table) -> pa.Table:
+        time.sleep(0.3)
+        return super().__call__(table)
+
+
+class Noted(Add):
+    """Leaves a file for each table that it was given."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        assert self.folder is not None
+        (self.folder / str(table["n"][0].as_py())).touch()
+        return super().__call__(table)
+
+
+def test_a_stage_does_not_run_ahead_of_the_next_one(tmp_path):
+    stages = [Stage(Noted, {"folder": tmp_path}, 1, 1, 0.5), Stage(Slow, {}, 1, 1, 0.5)]
+    results = map_tables(tables(40), stages, stall_seconds=60)
+    next(results)
+    assert len(list(tmp_path.iterdir())) <= 1 + 3 * CALLS
+    results.close()
+
+
+class Mortal(Noted):
+    """Is killed by the third table, once."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        assert self.folder is not None
+        if table["n"][0].as_py() == 2 and not (self.folder / "2").exists():
+            (self.folder / "2").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(table)
+
+
+def test_what_was_with_an_actor_that_died_is_done_again(tmp_path):
+    stage = Stage(Mortal, {"folder": tmp_path}, 1, 1, 1.0)
+    assert numbers(map_tables(tables(6), [stage], stall_seconds=60)) == list(range(6))
+
+
+class Doomed(Add):
+    def __call__(self, table: pa.Table) -> pa.Table:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return table
+
+
+def test_a_table_that_kills_every_actor_ends_the_work():
+    with pytest.raises(IncompleteError, match="a worker failed"):
+        numbers(map_tables(tables(2), [Stage(Doomed, {}, 1, 1, 1.0)], stall_seconds=60))
+
+
+class Failing(Add):
+    def __init__(self, *, error: Exception, at_start: bool = False) -> None:
+        super().__init__()
+        self.error = error
+        if at_start:
+            raise error
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        raise self.error
+
+
+def test_the_error_of_an_actor_is_raised_as_it_is():
+    error = DataError("the shard is damaged", hint="pack it again")
+    with pytest.raises(DataError, match="the shard is damaged\nhint: pack it again"):
+        numbers(
+            map_tables(tables(2), [Stage(Failing, {"error": error}, 1, 1, 1.0)], stall_seconds=60)
+        )
+
+
+def test_a_bug_and_an_actor_that_cannot_start_are_named():
+    for at_start in (False, True):
+        stage = Stage(Failing, {"error": ValueError("so wrong"), "at_start": at_start}, 1, 1, 1.0)
+        with pytest.raises(CnnrayError, match="so wrong"):
+            numbers(map_tables(tables(2), [stage], stall_seconds=60))
+
+
+def test_an_actor_that_finds_no_room_holds_nothing_up():
+    stage = Stage(Add, {}, 3, 3, 1.0)  # of which two fit
+    assert numbers(map_tables(tables(12), [stage], stall_seconds=60)) == list(range(12))
+
+
+class Stuck(Add):
+    def __call__(self, table: pa.Table) -> pa.Table:
+        time.sleep(60)
+        return table
+
+
+def test_nothing_is_waited_for_without_end():
+    started = time.monotonic()
+    with pytest.raises(IncompleteError, match="no worker has finished anything for 3 s"):
+        numbers(map_tables(tables(1), [Stage(Stuck, {}, 1, 1, 1.0)], stall_seconds=3))
+    assert time.monotonic() - started < 30
