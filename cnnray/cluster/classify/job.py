@@ -11,27 +11,32 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cnnray.cluster.classify.actors import LabelJob, engine_choice
+from cnnray.cluster.classify.actors import (
+    LabelJob,
+    decoded_chunk_bytes,
+    engine_choice,
+    is_split,
+)
 from cnnray.cluster.classify.dry_run import dry_run
 from cnnray.cluster.classify.engine_check import CheckedEngine, check_engine, with_engine
 from cnnray.cluster.classify.forecast import measure_run, predict_run
-from cnnray.cluster.core.pools import map_tables
 from cnnray.cluster.core.session import ray_cluster
+from cnnray.cluster.core.streaming import MAX_UNITS, Stage, map_units
 from cnnray.config import ClassifySettings
 from cnnray.console import ProgressLine, format_seconds
 from cnnray.datasets.listing import list_in_order
-from cnnray.datasets.sources import Source, copy_rows, open_source
+from cnnray.datasets.sources import Source, open_source
 from cnnray.errors import DataError, IncompleteError, TooManyBadImagesError
 from cnnray.labeling.assembler import PartAssembler
 from cnnray.labeling.commit import Run, RunTotals, finish_run, missing_parts, publish_part
 from cnnray.labeling.delta import check_delta, export_runs
 from cnnray.labeling.parts import PublishedPart
-from cnnray.labeling.plan import DATA_FOLDER
+from cnnray.labeling.plan import DATA_FOLDER, PlanReader
 from cnnray.labeling.runs import begin_run, claim_table
+from cnnray.labeling.units import plan_units
 from cnnray.models.bundle import Bundle, load_bundle
 from cnnray.process import stop_on_sigterm
 from cnnray.storage import Store, open_store
@@ -166,10 +171,11 @@ def _work_on(
         if engine is None:
             engine = check_engine(job, engine_choice(job.settings))
             job = with_engine(job, engine)
+        stages = job.plan_stages()
         if measured is not None and predicted is None:
             predicted = time.perf_counter() - started
-            predicted += predict_run(measured, job.stages, job.settings, images=images)
-        published |= _label(job, missing)
+            predicted += predict_run(measured, stages, job.settings, images=images)
+        published |= _label(job, stages, missing)
     return (
         finish_run(run, published),
         predicted,
@@ -177,49 +183,58 @@ def _work_on(
     )
 
 
-def _label(job: LabelJob, missing: Sequence[int]) -> dict[int, PublishedPart]:
+def _label(
+    job: LabelJob, stages: Sequence[Stage], missing: Sequence[int]
+) -> dict[int, PublishedPart]:
     """Label the missing parts and publish each one; those that this driver has written."""
     run, settings = job.run, job.settings
     published: dict[int, PublishedPart] = {}
     done = run.plan.rows - sum(map(run.plan.rows_of, missing))
-    assembler, errors, parts = PartAssembler(), 0, run.plan.num_parts - len(missing)
-    with ProgressLine(
-        total=run.plan.rows,
-        initial=done,
-        unit="images",
-        label="classify",
-        seconds=settings.cluster.progress_seconds,
-    ) as progress:
-        try:
-            for rows in map_tables(
-                _chunks(run, missing, assembler, chunk_rows=settings.chunk_rows),
-                job.stages,
-                stall_seconds=settings.cluster.stall_seconds,
-            ):
-                errors += pc.sum(pc.equal(rows["status"], "error")).as_py() or 0
-                for part, whole in assembler.add(rows):
-                    result = publish_part(run, part, whole)
-                    published |= {part: result} if result else {}
-                    parts += 1
-                note = f"{errors:,} errors, {parts} / {run.plan.num_parts} parts"
-                progress.update(done + assembler.taken, note)
-        finally:
-            assembler.close()
+    errors, parts = 0, run.plan.num_parts - len(missing)
+    with (
+        contextlib.closing(PartAssembler()) as assembler,
+        ProgressLine(
+            total=run.plan.rows,
+            initial=done,
+            unit="images",
+            label="classify",
+            seconds=settings.cluster.progress_seconds,
+        ) as progress,
+    ):
+        for rows in _label_rows(job, stages, missing, assembler):
+            errors += pc.sum(pc.equal(rows["status"], "error")).as_py() or 0
+            for part, whole in assembler.add(rows):
+                result = publish_part(run, part, whole)
+                published |= {part: result} if result else {}
+                parts += 1
+            note = f"{errors:,} errors, {parts} / {run.plan.num_parts} parts"
+            progress.update(done + assembler.taken, note)
     return published
 
 
-def _chunks(
-    run: Run, parts: Sequence[int], assembler: PartAssembler, *, chunk_rows: int
+def _label_rows(
+    job: LabelJob, stages: Sequence[Stage], parts: Sequence[int], assembler: PartAssembler
 ) -> Iterator[pa.Table]:
-    """The planned inputs of some parts in chunks, with the place of each: its part and row."""
-    for part, planned in run.plan.read_parts(parts):
-        assembler.expect(part, planned)
-        rows = pa.array(np.arange(planned.num_rows, dtype=np.int32))
-        placed = planned.append_column(
-            "part", pa.repeat(pa.scalar(part, pa.int32()), planned.num_rows)
-        ).append_column("row", rows)
-        for start in range(0, planned.num_rows, chunk_rows):
-            yield copy_rows(placed, start, chunk_rows)
+    """Label rows of some parts as workers finish them; the assembler knows what to expect."""
+    run, settings = job.run, job.settings
+    units = plan_units(
+        run.plan,
+        parts,
+        chunk_rows=settings.chunk_rows,
+        workers=stages[0].max_workers,
+        max_units=MAX_UNITS,
+    )
+    reader, expected = PlanReader(run.plan), set[int]()
+    for rows in map_units(
+        [unit.to_table() for unit in units],
+        stages,
+        stall_seconds=settings.cluster.stall_seconds,
+        block_bytes=decoded_chunk_bytes(job) if is_split(settings) else None,
+    ):
+        for part in sorted(set(pc.unique(rows["part"]).to_pylist()) - expected):
+            assembler.expect(part, reader.read(part))
+            expected.add(part)
+        yield rows
 
 
 def _result(

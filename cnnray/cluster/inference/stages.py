@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 from cnnray.cluster.core.resources import count_places, node_resources
 from cnnray.cluster.core.streaming import Stage
 from cnnray.config import InferenceScalingSettings
 from cnnray.errors import SettingsError
-from cnnray.process import keep_freed_memory
 
 
 def inference_stage(
@@ -61,10 +57,3 @@ def _fitting(wanted: int | None, places: int, need: Mapping[str, float]) -> int:
             hint="lower --scaling.num_workers or --scaling.cpus_per_worker",
         )
     return number
-
-
-def set_up_actor(*, use_gpu: bool) -> torch.device:
-    """This actor's device; sets its torch threads to the CPUs that it reserved."""
-    keep_freed_memory()
-    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
-    return torch.device("cuda" if use_gpu else "cpu")

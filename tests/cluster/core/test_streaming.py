@@ -11,8 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from cnnray.cluster.core.pools import CALLS, map_tables
-from cnnray.cluster.core.streaming import Stage
+from cnnray.cluster.core.streaming import Stage, map_units
 from cnnray.errors import CnnrayError, DataError, IncompleteError
 
 pytestmark = [
@@ -43,33 +42,13 @@ class Add:
 
 def test_every_table_passes_all_stages():
     stages = [Stage(Add, {"summand": 10}, 1, 1, 0.5), Stage(Add, {"summand": 200}, 2, 2, 0.5)]
-    assert numbers(map_tables(tables(20), stages, stall_seconds=60)) == [210 + n for n in range(20)]
+    assert numbers(map_units(tables(20), stages, stall_seconds=60)) == [210 + n for n in range(20)]
 
 
 def test_no_tables_and_fewer_tables_than_workers_end_at_once():
     stage = Stage(Add, {}, 2, 2, 1.0)
-    assert numbers(map_tables([], [stage], stall_seconds=60)) == []
-    assert numbers(map_tables(tables(1), [stage], stall_seconds=60)) == [0]
-
-
-def test_tables_are_taken_as_there_is_room_for_them():
-    taken = []
-
-    def source() -> Iterator[pa.Table]:
-        for table in tables(50):
-            taken.append(table)
-            yield table
-
-    results = map_tables(source(), [Stage(Add, {}, 2, 2, 0.5)], stall_seconds=60)
-    next(results)
-    assert len(taken) <= 2 * CALLS + 2
-    results.close()
-
-
-class Slow(Add):
-    def __call__(self, table: pa.Table) -> pa.Table:
-        time.sleep(0.3)
-        return super().__call__(table)
+    assert numbers(map_units([], [stage], stall_seconds=60)) == []
+    assert numbers(map_units(tables(1), [stage], stall_seconds=60)) == [0]
 
 
 class Noted(Add):
@@ -81,12 +60,28 @@ class Noted(Add):
         return super().__call__(table)
 
 
-def test_a_stage_does_not_run_ahead_of_the_next_one(tmp_path):
-    stages = [Stage(Noted, {"folder": tmp_path}, 1, 1, 0.5), Stage(Slow, {}, 1, 1, 0.5)]
-    results = map_tables(tables(40), stages, stall_seconds=60)
+class Inflating(Noted):
+    """Makes 20 MB of each table."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        super().__call__(table)
+        return table.append_column("pixels", pa.array([bytes(20_000_000)]))
+
+
+class Slow(Add):
+    def __call__(self, table: pa.Table) -> pa.Table:
+        time.sleep(0.3)
+        return super().__call__(table)
+
+
+def test_a_stage_runs_ahead_of_the_next_one_by_a_bounded_number_of_bytes(tmp_path):
+    # The object store of these tests has 300 MB: 40 tables of 20 MB would not fit.
+    stages = [Stage(Inflating, {"folder": tmp_path}, 1, 1, 0.5), Stage(Slow, {}, 1, 1, 0.5)]
+    results = map_units(tables(40), stages, stall_seconds=60)
     next(results)
-    assert len(list(tmp_path.iterdir())) <= 1 + 3 * CALLS
-    results.close()
+    time.sleep(2)
+    assert len(list(tmp_path.iterdir())) <= 15
+    assert len([*results]) == 39
 
 
 class Mortal(Noted):
@@ -102,7 +97,7 @@ class Mortal(Noted):
 
 def test_what_was_with_an_actor_that_died_is_done_again(tmp_path):
     stage = Stage(Mortal, {"folder": tmp_path}, 1, 1, 1.0)
-    assert numbers(map_tables(tables(6), [stage], stall_seconds=60)) == list(range(6))
+    assert numbers(map_units(tables(6), [stage], stall_seconds=60)) == list(range(6))
 
 
 class Doomed(Add):
@@ -113,7 +108,7 @@ class Doomed(Add):
 
 def test_a_table_that_kills_every_actor_ends_the_work():
     with pytest.raises(IncompleteError, match="a worker failed"):
-        numbers(map_tables(tables(2), [Stage(Doomed, {}, 1, 1, 1.0)], stall_seconds=60))
+        numbers(map_units(tables(2), [Stage(Doomed, {}, 1, 1, 1.0)], stall_seconds=60))
 
 
 class Failing(Add):
@@ -131,7 +126,7 @@ def test_the_error_of_an_actor_is_raised_as_it_is():
     error = DataError("the shard is damaged", hint="pack it again")
     with pytest.raises(DataError, match="the shard is damaged\nhint: pack it again"):
         numbers(
-            map_tables(tables(2), [Stage(Failing, {"error": error}, 1, 1, 1.0)], stall_seconds=60)
+            map_units(tables(2), [Stage(Failing, {"error": error}, 1, 1, 1.0)], stall_seconds=60)
         )
 
 
@@ -139,12 +134,12 @@ def test_a_bug_and_an_actor_that_cannot_start_are_named():
     for at_start in (False, True):
         stage = Stage(Failing, {"error": ValueError("so wrong"), "at_start": at_start}, 1, 1, 1.0)
         with pytest.raises(CnnrayError, match="so wrong"):
-            numbers(map_tables(tables(2), [stage], stall_seconds=60))
+            numbers(map_units(tables(2), [stage], stall_seconds=60))
 
 
 def test_an_actor_that_finds_no_room_holds_nothing_up():
     stage = Stage(Add, {}, 3, 3, 1.0)  # of which two fit
-    assert numbers(map_tables(tables(12), [stage], stall_seconds=60)) == list(range(12))
+    assert numbers(map_units(tables(12), [stage], stall_seconds=60)) == list(range(12))
 
 
 class Stuck(Add):
@@ -156,5 +151,5 @@ class Stuck(Add):
 def test_nothing_is_waited_for_without_end():
     started = time.monotonic()
     with pytest.raises(IncompleteError, match="no worker has finished anything for 3 s"):
-        numbers(map_tables(tables(1), [Stage(Stuck, {}, 1, 1, 1.0)], stall_seconds=3))
+        numbers(map_units(tables(1), [Stage(Stuck, {}, 1, 1, 1.0)], stall_seconds=3))
     assert time.monotonic() - started < 30
