@@ -10,17 +10,9 @@ import os
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, model_validator
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+from cnnray.options import Fraction, Options, PositiveFloat, PositiveInt
 
 WORKER_COUNT = re.compile(r"(?P<least>[1-9]\d*)(:(?P<most>[1-9]\d*))?", re.ASCII)
 
@@ -41,10 +33,8 @@ def absolute_path(path: str | None) -> str | None:
     return plain if "://" in plain else os.path.abspath(os.path.expanduser(plain))
 
 
-class Section(BaseModel):
+class Section(Options):
     """A group of settings, ``--section.key value`` on the command line."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     def with_absolute(self, name: str) -> Self:
         """The same settings with a path that does not depend on the working folder."""
@@ -70,15 +60,6 @@ class ColumnSettings(Section):
         return {
             f"{name}_column": value for name, value in self.model_dump(exclude_none=True).items()
         }
-
-
-class LimitSettings(Section):
-    """What one image may cost, checked from its header before it is decoded."""
-
-    max_pixels: PositiveInt = 50_000_000
-    """pixels, width times height"""
-    max_bytes: PositiveInt = 32 * 1024 * 1024
-    """bytes, encoded"""
 
 
 class BudgetSettings(Section):

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_serializer, field_validator, model_validator
 
-from cnnray.config.sections import Fraction, PositiveFloat, PositiveInt, Section
+from cnnray.config.sections import Section
 from cnnray.errors import hide_credentials
+from cnnray.options import Augmentation, Fraction, PositiveFloat, PositiveInt
 
 
 def _whole_number(value: Any) -> Any:
@@ -53,33 +54,9 @@ class ImageSettings(Section):
     """size that training begins with, fraction of the whole, for models of any size (1: whole)"""
 
 
-class AugmentSettings(Section):
+class AugmentSettings(Augmentation):
     """Random changes of training images; everything is off by default."""
 
-    crop: Literal["center", "random_resized", "random_pad"] = "center"
-    """random_resized: a part of random area and shape; random_pad: shift by up to pad pixels"""
-    scale_min: Annotated[float, Field(gt=0.0, le=1.0)] = 0.35
-    """smallest area of random_resized, fraction of the image"""
-    ratio_max: Annotated[float, Field(ge=1.0)] = 4 / 3
-    """widest aspect of random_resized (and its inverse)"""
-    pad: Annotated[int, Field(ge=0)] = 4
-    """pixels, for random_pad"""
-    flip: Fraction = 0.0
-    """probability of a left-right flip"""
-    vertical_flip: Fraction = 0.0
-    """probability of an up-down flip"""
-    rotation: Annotated[float, Field(ge=0.0, le=180.0)] = 0.0
-    """largest rotation either way, degrees"""
-    color_jitter: Fraction = 0.0
-    """strength of random brightness, contrast and saturation"""
-    policy: Literal["none", "randaugment", "trivialaugment", "augmix"] = "none"
-    """automatic augmentation"""
-    policy_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
-    """strength of randaugment and augmix, 0 to 30"""
-    policy_ops: PositiveInt = 2
-    """operations a sample, for randaugment"""
-    erasing: Fraction = 0.0
-    """probability that a random rectangle is blanked"""
     repeats: Annotated[int, Field(ge=1, le=16)] = 1
     """copies of each image in its batch, changed each in its own way: as many times the samples"""
 

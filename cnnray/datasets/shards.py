@@ -16,9 +16,16 @@ import pyarrow.parquet as pq
 
 from cnnray.datasets.manifest import Shard
 from cnnray.datasets.sources import Source
-from cnnray.errors import DataError, ImageError, MissingObjectError, StorageError
-from cnnray.images.decode import DecodeLimits, decode_image
-from cnnray.schema import MAX_ERROR_DETAIL, REJECTED_SCHEMA, SHARD_SCHEMA
+from cnnray.errors import (
+    MAX_ERROR_DETAIL,
+    DataError,
+    ImageError,
+    MissingObjectError,
+    StorageError,
+)
+from cnnray.images.decode import decode_image
+from cnnray.options import DecodeLimits
+from cnnray.schema import REJECTED_SCHEMA, SHARD_SCHEMA
 from cnnray.storage import Store, sha256
 
 READ_AHEAD_ROWS = 256

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from cnnray.errors import (
+    MAX_ERROR_DETAIL,
     AccessDeniedError,
     ChangedObjectError,
     ImageError,
@@ -18,10 +19,9 @@ from cnnray.errors import (
     StorageError,
     UnavailableError,
 )
-from cnnray.images.decode import DEFAULT_LIMITS, DecodeLimits
 from cnnray.images.isolation import DEFAULT_SECONDS, Decode, IsolatedDecoder, guarded_decoder
 from cnnray.images.transforms import Preprocessing, fit_view, min_side
-from cnnray.schema import MAX_ERROR_DETAIL
+from cnnray.options import DEFAULT_LIMITS, DecodeLimits
 
 FACTS_SCHEMA = pa.schema(
     [

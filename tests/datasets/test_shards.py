@@ -14,9 +14,15 @@ import pytest
 from PIL import Image
 
 from cnnray.datasets.shards import PackedShard, ShardPlan, pack_shard, read_row_group
-from cnnray.errors import AlreadyExistsError, DataError, MissingObjectError, StorageError
-from cnnray.images.decode import DecodeLimits
-from cnnray.schema import ENTRY_SCHEMA, MAX_ERROR_DETAIL, SHARD_SCHEMA
+from cnnray.errors import (
+    MAX_ERROR_DETAIL,
+    AlreadyExistsError,
+    DataError,
+    MissingObjectError,
+    StorageError,
+)
+from cnnray.options import DecodeLimits
+from cnnray.schema import ENTRY_SCHEMA, SHARD_SCHEMA
 from cnnray.storage import LocalStore, Store, open_store, sha256
 
 

@@ -18,9 +18,8 @@ from cnnray.cluster.inference.actors import (
     set_up_actor,
 )
 from cnnray.cluster.inference.stages import inference_stage, split_stages
-from cnnray.config import ClassifySettings
+from cnnray.config import ClassifySettings, LabelingSettings
 from cnnray.datasets.sources import Source, copy_rows
-from cnnray.images.decode import DecodeLimits
 from cnnray.images.transforms import Preprocessing
 from cnnray.labeling.commit import Run
 from cnnray.labeling.decoding import Sample, SampleDecoder
@@ -74,7 +73,7 @@ class LabelJob:
         return make_predictor(bundle, self.settings, device=device, prepared=engine)
 
 
-def is_split(settings: ClassifySettings) -> bool:
+def is_split(settings: LabelingSettings) -> bool:
     """Whether some workers decode and others compute."""
     on_gpu = settings.placement == "auto" and settings.scaling.use_gpu
     return settings.placement == "split" or on_gpu
@@ -88,30 +87,30 @@ def decoded_chunk_bytes(job: LabelJob) -> int:
 
 
 def make_decoder(
-    preprocessing: Preprocessing, settings: ClassifySettings, *, careful: bool
+    preprocessing: Preprocessing, settings: LabelingSettings, *, careful: bool
 ) -> SampleDecoder:
     """What decodes in a worker."""
     return SampleDecoder(
         preprocessing,
-        limits=DecodeLimits(**settings.limits.model_dump()),
+        limits=settings.limits,
         careful=careful,
         decode_seconds=settings.decode_seconds,
     )
 
 
-def engine_choice(settings: ClassifySettings) -> EngineChoice:
+def engine_choice(settings: LabelingSettings) -> EngineChoice:
     """The engine that the settings mean. Raises what ``choose_engine`` does."""
     wanted = settings.engine
     return choose_engine(wanted.name, wanted.precision, use_gpu=settings.scaling.use_gpu)
 
 
-def batch_size_of(settings: ClassifySettings) -> int:
+def batch_size_of(settings: LabelingSettings) -> int:
     """Images of one forward pass, at most."""
     return settings.batch_size or (64 if settings.scaling.use_gpu else 16)
 
 
 def make_predictor(
-    bundle: Bundle, settings: ClassifySettings, *, device: torch.device, prepared: PreparedEngine
+    bundle: Bundle, settings: LabelingSettings, *, device: torch.device, prepared: PreparedEngine
 ) -> Predictor:
     """What computes in a worker."""
     batch_size, embeddings = batch_size_of(settings), settings.embeddings

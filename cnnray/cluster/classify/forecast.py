@@ -20,7 +20,7 @@ from cnnray.cluster.classify.actors import (
     make_predictor,
 )
 from cnnray.cluster.core.streaming import Stage
-from cnnray.config import ClassifySettings
+from cnnray.config import LabelingSettings
 from cnnray.console import format_seconds
 from cnnray.datasets.sources import Source
 from cnnray.errors import SettingsError, UsageError
@@ -59,7 +59,7 @@ def measure(
     bundle: Bundle,
     source: Source,
     entries: pa.Table,
-    settings: ClassifySettings,
+    settings: LabelingSettings,
     *,
     list_seconds: float,
     max_seconds: float,
@@ -83,7 +83,7 @@ def measure(
         )
 
 
-def _prepared(bundle: Bundle, settings: ClassifySettings) -> PreparedEngine:
+def _prepared(bundle: Bundle, settings: LabelingSettings) -> PreparedEngine:
     """The job's engine; int8 is calibrated on noise, which is as fast as on images."""
     shape = (1, bundle.spec.preprocessing.channels, *[bundle.spec.preprocessing.size] * 2)
     return prepare_engine(
@@ -104,7 +104,7 @@ def _torch_threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def local_crew(settings: ClassifySettings) -> Crew:
+def local_crew(settings: LabelingSettings) -> Crew:
     """The workers that the job would have on this machine, or on as many like it as they need.
 
     Raises ``SettingsError`` when they need a GPU and here is none.
@@ -130,7 +130,7 @@ def local_crew(settings: ClassifySettings) -> Crew:
 
 
 def estimate(
-    measured: Measurement, crew: Crew, settings: ClassifySettings, *, images: int, listed: int
+    measured: Measurement, crew: Crew, settings: LabelingSettings, *, images: int, listed: int
 ) -> dict[str, Any]:
     """Forecast a job for ``images`` of ``listed``, log it as a table, and return it for a result.
 
@@ -168,7 +168,7 @@ def estimate(
 
 
 def _costs(
-    predicted: Forecast, crew: Crew, settings: ClassifySettings, *, images: int, listed: int
+    predicted: Forecast, crew: Crew, settings: LabelingSettings, *, images: int, listed: int
 ) -> dict[str, Any]:
     costs: dict[str, Any] = {}
     if settings.input.startswith("s3://"):
@@ -233,7 +233,7 @@ def sample_parts(run: Run, parts: Sequence[int], *, size: int) -> pa.Table:
 
 
 def measure_run(
-    bundle: Bundle, source: Source, run: Run, parts: Sequence[int], settings: ClassifySettings
+    bundle: Bundle, source: Source, run: Run, parts: Sequence[int], settings: LabelingSettings
 ) -> Measurement | None:
     """A small sample of a large run, before its workers start; None where there is no prediction.
 
@@ -253,7 +253,7 @@ def measure_run(
 
 
 def predict_run(
-    measured: Measurement, stages: Sequence[Stage], settings: ClassifySettings, *, images: int
+    measured: Measurement, stages: Sequence[Stage], settings: LabelingSettings, *, images: int
 ) -> float:
     """Log how long the workers of a run, which are about to start, will take, and return it."""
     decoders, *others = (stage.max_workers for stage in stages)

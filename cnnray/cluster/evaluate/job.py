@@ -34,7 +34,7 @@ from cnnray.evaluation.metrics import (
 )
 from cnnray.evaluation.report import Mistake, render_report
 from cnnray.evaluation.views import DESCRIPTIONS, mean_logits, plan_views
-from cnnray.images.decode import DecodeLimits, decode_image
+from cnnray.images.decode import decode_image
 from cnnray.images.transforms import EvalTransform
 from cnnray.models.bundle import BundleSpec, load_bundle
 from cnnray.storage import Store, encode_json, encode_parquet, open_store, sha256
@@ -61,7 +61,7 @@ class EvaluateActor:
         )
         self.transform = EvalTransform(
             plan_views(settings.tta, bundle.spec.preprocessing),
-            DecodeLimits(**settings.limits.model_dump()),
+            settings.limits,
         )
         self.data = data
         self.batch_size = settings.batch_size

@@ -25,7 +25,6 @@ from cnnray.datasets.packing import PackPlan, build_manifest, plan_pack
 from cnnray.datasets.shards import PackedShard, pack_shard
 from cnnray.datasets.sources import Source, open_source
 from cnnray.errors import AlreadyExistsError, TooManyBadImagesError, UsageError
-from cnnray.images.decode import DecodeLimits
 from cnnray.storage import Store, encode_parquet, open_store, sha256
 
 logger = logging.getLogger(__name__)
@@ -95,7 +94,7 @@ def _pack_shards(
         source=source,
         store=output,
         classes=plan.classes,
-        limits=DecodeLimits(**settings.limits.model_dump()),
+        limits=settings.limits,
         replace=settings.overwrite,
     )
     packed: dict[str, PackedShard] = {}

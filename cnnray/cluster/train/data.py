@@ -12,8 +12,8 @@ from cnnray.cluster.core.tasks import IN_FLIGHT_PER_CPU
 from cnnray.cluster.train.ingest import UNIT_BYTES, UNIT_ROWS, SplitReader
 from cnnray.config import TrainSettings
 from cnnray.datasets.manifest import Manifest, get_split
-from cnnray.images.augment import Augmentation, TrainTransform
-from cnnray.images.decode import DecodeLimits
+from cnnray.images.augment import TrainTransform
+from cnnray.options import Augmentation
 from cnnray.storage import Store
 from cnnray.training.network import Network
 
@@ -37,36 +37,39 @@ def make_readers(
     return _decode_what_fits(readers, settings, network)
 
 
+def make_transforms(settings: TrainSettings, network: Network) -> dict[str, TrainTransform]:
+    """What becomes of the images of each split. Raises ``SettingsError`` for a pad too large."""
+    return {
+        split: TrainTransform(
+            network.preprocessing, augmentation, seed=settings.seed, limits=settings.limits
+        )
+        for split, augmentation in (("val", Augmentation()), ("train", settings.augment))
+    }
+
+
 def _readers(
     data: Store, manifest: Manifest, settings: TrainSettings, network: Network, *, num_workers: int
 ) -> dict[str, SplitReader]:
     """Of the splits that there are: validation, if any, and training."""
-    preprocessing = network.preprocessing
     repeats = settings.augment.repeats
     cpus = ray.cluster_resources().get("CPU", 1.0)
     ahead = max(MIN_AHEAD, math.ceil(IN_FLIGHT_PER_CPU * cpus / num_workers))
-    train = Augmentation(**settings.augment.model_dump(exclude={"repeats"}))
-    augmentations = {"val": Augmentation(), "train": train}
+    transforms = make_transforms(settings, network)
     if manifest.splits["val"].num_samples == 0:
         logger.warning("no validation split: the best epoch is chosen by its training loss")
-        del augmentations["val"]
+        del transforms["val"]
     return {
         split: SplitReader(
             store=data,
             split=get_split(manifest, split, uri=settings.data),
-            transform=TrainTransform(
-                preprocessing,
-                augmentation,
-                seed=settings.seed,
-                limits=DecodeLimits(**settings.limits.model_dump()),
-            ),
+            transform=transform,
             unit_rows=max(1, min(UNIT_ROWS, UNIT_BYTES // (repeats * _image_bytes(network)))),
             seed=settings.seed,
             ahead=ahead,
             stall_seconds=settings.cluster.stall_seconds,
             repeats=repeats if split == "train" else 1,
         )
-        for split, augmentation in augmentations.items()
+        for split, transform in transforms.items()
     }
 
 
