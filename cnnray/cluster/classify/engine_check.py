@@ -13,7 +13,8 @@ from functools import partial
 
 import ray
 
-from cnnray.cluster.classify.actors import LabelJob, batch_size_of, make_decoder
+from cnnray.cluster.classify.actors import LabelJob
+from cnnray.cluster.classify.work import batch_size_of, make_decoder
 from cnnray.cluster.core.streaming import map_items
 from cnnray.cluster.inference.actors import set_up_actor
 from cnnray.errors import SettingsError

@@ -13,12 +13,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from cnnray.cluster.classify.actors import (
-    engine_choice,
-    is_split,
-    make_decoder,
-    make_predictor,
-)
+from cnnray.cluster.classify.work import engine_choice, is_split, make_decoder, make_predictor
 from cnnray.cluster.core.streaming import Stage
 from cnnray.config import LabelingSettings
 from cnnray.console import format_seconds
