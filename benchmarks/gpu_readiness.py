@@ -13,6 +13,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
@@ -102,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SkipBenchmark(f"needs {', '.join(PACKAGES[name] for name in missing)}: pip install")
     import torch
 
+    from cnnray.errors import CnnrayError
+
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SkipBenchmark("no GPU on this machine: try it with --device cpu --short")
     form = SHORT if options.short else FULL
@@ -112,9 +115,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     watchdog = threading.Timer(60 * minutes + GRACE_SECONDS, _give_up, [report, options.output])
     watchdog.daemon = True
     watchdog.start()
-    with tempfile.TemporaryDirectory(prefix="cnnray-bench-") as scratch:
-        _measure(report, options, form, seconds=60 * minutes, scratch=Path(scratch))
-    watchdog.cancel()
+    try:
+        with tempfile.TemporaryDirectory(prefix="cnnray-bench-") as scratch:
+            _measure(report, options, form, seconds=60 * minutes, scratch=Path(scratch))
+    except CnnrayError as error:  # a network that does not exist, say
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        watchdog.cancel()
     print(report.markdown(), flush=True)
     report.write(options.output)
     return 1 if any(section.failed for section in report.sections) else 0
@@ -126,12 +134,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--short", action="store_true", help="once, with little: a smoke test")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--minutes", type=float, help="in all (8; --short: 0.6)")
+    parser.add_argument("--minutes", type=_minutes, help="in all (8; --short: 0.6)")
     parser.add_argument("--network", help="resnet50, resnet18, … (--short: small_cnn)")
     parser.add_argument("--photos", metavar="FOLDER", help="JPEGs to decode (made-up ones)")
-    parser.add_argument("--processes", type=int, help="that decode (one a core)")
+    parser.add_argument("--processes", type=_processes, help="that decode (one a core)")
     parser.add_argument("--output", metavar="FILE", help="where the figures go as JSON")
     return parser
+
+
+def _minutes(text: str) -> float:
+    minutes = float(text)
+    if not 0 < minutes <= 60:
+        raise argparse.ArgumentTypeError("must be more than 0, and 60 at the most")
+    return minutes
+
+
+def _processes(text: str) -> int:
+    processes = int(text)
+    if not 1 <= processes <= 256:
+        raise argparse.ArgumentTypeError("must be 1 to 256")
+    return processes
 
 
 def _settings(options: argparse.Namespace, form: Form) -> dict[str, Any]:

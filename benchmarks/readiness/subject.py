@@ -24,7 +24,7 @@ from cnnray.images.transforms import Preprocessing, as_tensor
 from cnnray.labeling.decoding import Sample, SampleDecoder, images_of
 from cnnray.models.bundle import Bundle, BundleSpec
 from cnnray.models.classifier import Classifier
-from cnnray.models.registry import build_model, head_name
+from cnnray.models.registry import OWN_MODELS, build_model, head_name
 from cnnray.training.compute import Precision
 from cnnray.training.loop import EpochData, EpochResult, Trainer, run_epochs
 from cnnray.training.losses import build_loss
@@ -86,11 +86,12 @@ class Subject:
 
 def choose_network(wished: str) -> tuple[str, list[str]]:
     """The network to build, and a remark if it is cnnray's own because torchvision is missing."""
+    if wished in OWN_MODELS:
+        return wished, []
     try:
         import torchvision  # noqa: F401  a wheel for another torch raises RuntimeError
     except (ImportError, OSError, RuntimeError) as error:
-        reason = f"small_cnn instead of {wished}: torchvision does not import ({error})"
-        return "small_cnn", [] if wished == "small_cnn" else [reason]
+        return "small_cnn", [f"small_cnn, not {wished}: torchvision does not import ({error})"]
     return wished, []
 
 
