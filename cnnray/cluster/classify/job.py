@@ -58,6 +58,8 @@ def classify(settings: ClassifySettings) -> dict[str, Any]:
         output = open_store(settings.output, single_writer=settings.single_writer)
         if settings.delta:
             check_delta(output)
+        if open_store(settings.model).head(BUNDLE_KEY) is None:
+            _import_and_load(settings.model)  # raises what there is to say, before anything starts
         source = open_source(
             settings.input, format=settings.format, labelled=False, **settings.columns.options()
         )
@@ -96,8 +98,7 @@ def classify(settings: ClassifySettings) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     if (predicted := labeler.facts["predicted_seconds"]) is not None:
         logger.info("predicted %s, took %s", *map(format_seconds, (predicted, seconds)))
-    facts = labeler.facts | {"seconds": round(seconds, 1)}
-    return _result(finished, output, settings, facts)
+    return _result(finished, output, settings, labeler.facts, seconds=seconds)
 
 
 def _load_bundle(
@@ -122,8 +123,6 @@ def _import_and_load(uri: str) -> Bundle:
 def _is_large_first_run(settings: ClassifySettings, source: Source, output: Store) -> bool:
     """Whether there is no table yet, and more images for it than a small run has."""
     if settings.dry_run or output.head(TABLE_KEY) is not None:
-        return False
-    if open_store(settings.model).head(BUNDLE_KEY) is None:
         return False
     listed = 0
     for table in list_in_order(source):
@@ -182,11 +181,11 @@ def _work_on(run: Run, labeler: _Labeler, *, is_mine: bool) -> RunTotals:
         )
         if not is_mine:  # from the other end: the driver that opened the run may be alive
             missing.reverse()
-        published |= _publish_parts(run, missing, labeler)
+        published |= publish_parts(run, missing, labeler)
     return finish_run(run, published)
 
 
-def _publish_parts(run: Run, missing: Sequence[int], labeler: _Labeler) -> dict[int, PublishedPart]:
+def publish_parts(run: Run, missing: Sequence[int], labeler: _Labeler) -> dict[int, PublishedPart]:
     """Label the missing parts and publish each one; those that this driver has written."""
     published: dict[int, PublishedPart] = {}
     done = run.plan.rows - sum(map(run.plan.rows_of, missing))
@@ -289,6 +288,8 @@ def _result(
     output: Store,
     settings: ClassifySettings,
     facts: dict[str, Any],
+    *,
+    seconds: float,
 ) -> dict[str, Any]:
     planned = sum(run.plan.rows for run, _ in finished)
     rows, ok, errors = (
@@ -304,7 +305,8 @@ def _result(
         "duplicates": duplicates,
         "parts": sum(totals.parts for _, totals in finished),
         "data": f"{output.uri}/{DATA_FOLDER}",
-        "images_per_second": round(rows / facts["seconds"], 1),
+        "images_per_second": round(rows / seconds, 1),
+        "seconds": round(seconds, 1),
         **facts,
     }
     if not finished:

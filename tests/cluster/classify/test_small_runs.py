@@ -159,8 +159,6 @@ def test_ray_starts_beside_the_model_for_a_first_run_of_many_images(settings, im
     assert job._is_large_first_run(settings, Many(), output) is (images > 2_000)
     dry = settings.model_copy(update={"dry_run": True})
     assert not job._is_large_first_run(dry, Many(), output)
-    without_model = settings.model_copy(update={"model": "/nowhere"})
-    assert not job._is_large_first_run(without_model, Many(), output)
 
 
 def _entries(keys: list[str]):
