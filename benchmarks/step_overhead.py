@@ -152,7 +152,7 @@ def run_loop(data: Batch, *, batch: int, fused: bool) -> Iterator[None]:
     torch.manual_seed(SEED)
     images = torch.from_numpy(data["image"]).float() / 255
     labels = torch.from_numpy(data["label"])
-    network = build_network(images.shape[3]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = build_network(images.shape[3]).to(memory_format=torch.channels_last)
     optimizer = optim.Adam(network.parameters(), lr=LEARNING_RATE, fused=fused)
     while True:
         train_epoch(network, optimizer, images, labels, batch=batch)
@@ -175,7 +175,7 @@ def build_trainer(size: int, *, steps: int) -> Trainer:
     torch.manual_seed(SEED)
     network = TutorialCNN(NUM_CLASSES, channels=1, image_size=size)
     model = Classifier(network, mean=MEAN, std=STD, head="head")
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(memory_format=torch.channels_last)
     return Trainer(
         model=model,
         optimizer=build_optimizer(model, name="adam", lr=LEARNING_RATE),
