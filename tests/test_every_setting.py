@@ -269,7 +269,9 @@ def outcome(job: Callable[[Any], Any], job_settings: JobSettings) -> str:
 def test_right_values_start_a_job_or_are_a_users_mistake(
     places: Places, job: type[JobSettings], data: st.DataObject
 ) -> None:
-    values = data.draw(some_of(leaves(job)))
+    slow = {"engine.name"} if job is BenchSettings else set()  # it compiles, for minutes
+    choices = {name: drawn for name, drawn in leaves(job).items() if name not in slow}
+    values = data.draw(some_of(choices))
     overwrite = {"overwrite": True} if "overwrite" in job.model_fields else {}
     try:
         built = build_settings(
