@@ -10,8 +10,17 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(gt=0, le=2**53)]
+"""As a float exactly, too: sums and products of such must not overflow."""
+PositiveFloat = Annotated[float, Field(gt=0.0, le=1e30)]
+"""Within float32, which is what tensors hold."""
+NonNegativeInt = Annotated[int, Field(ge=0, le=2**53)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, le=1e30)]
+Seconds = Annotated[float, Field(gt=0.0, le=1e8)]
+"""Up to three years: clocks and timers overflow not far beyond."""
+Cores = Annotated[float, Field(ge=0.01, le=4096.0)]
+"""CPUs of one process, or a part of one."""
+Threads = Annotated[int, Field(gt=0, le=4096)]
 
 
 class Options(BaseModel):

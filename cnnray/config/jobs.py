@@ -34,7 +34,7 @@ from cnnray.config.training import (
     ScheduleSettings,
     TrackingSettings,
 )
-from cnnray.options import DecodeLimits, PositiveFloat, PositiveInt
+from cnnray.options import DecodeLimits, NonNegativeInt, PositiveFloat, PositiveInt, Seconds
 
 
 class JobSettings(BaseSettings):
@@ -168,7 +168,7 @@ class TuneSettings(TrainSettings):
     """of asha: one in so many goes on, at grace_epochs and at each multiple of it by this factor"""
     max_concurrent: PositiveInt | None = None
     """trials at a time (as many as the cluster has CPUs or GPUs for)"""
-    refit_epochs: Annotated[int, Field(ge=0)] = 0
+    refit_epochs: NonNegativeInt = 0
     """train the best settings anew for so many epochs (0: the bundle is that of the best trial)"""
 
 
@@ -219,7 +219,7 @@ class LabelingSettings(JobSettings):
     """fused: every worker does all; split: CPUs read and decode for the workers (auto: on GPUs)"""
     decode_workers: PositiveInt | None = None
     """processes of one CPU that decode, with split (one for each CPU that is left)"""
-    decode_seconds: PositiveFloat = 30.0
+    decode_seconds: Seconds = 30.0
     """time after which an image that is still being decoded is given up (decoder_timeout)"""
     price_per_hour: PositiveFloat | None = None
     """USD an hour of one machine, for the predicted cost"""

@@ -10,9 +10,17 @@ import os
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, model_validator
 
-from cnnray.options import Fraction, Options, PositiveFloat, PositiveInt
+from cnnray.options import (
+    Cores,
+    Fraction,
+    NonNegativeInt,
+    Options,
+    PositiveInt,
+    Seconds,
+    Threads,
+)
 
 WORKER_COUNT = re.compile(r"(?P<least>[1-9]\d*)(:(?P<most>[1-9]\d*))?", re.ASCII)
 
@@ -67,7 +75,7 @@ class BudgetSettings(Section):
 
     max_fraction: Fraction = 0.01
     """fraction of the inputs"""
-    min_rows: Annotated[int, Field(ge=0)] = 100
+    min_rows: NonNegativeInt = 100
     """rows that are always accepted, however small the collection"""
 
     def exceeded(self, *, bad: int, total: int) -> bool:
@@ -82,13 +90,13 @@ class ClusterSettings(Section):
     """host:port of a running cluster, auto for the one on this machine, local for a new one"""
     trusted_network: bool = False
     """join a Ray that asks for no token: nobody but its users reaches its ports"""
-    num_cpus: PositiveInt | None = None
+    num_cpus: Threads | None = None
     """logical CPUs of a local Ray (the machine's)"""
     worker_logs: bool = False
     """copy all that workers print to this log (errors and warnings are shown anyway)"""
-    progress_seconds: PositiveFloat = 10.0
+    progress_seconds: Seconds = 10.0
     """seconds between two progress lines in a log"""
-    stall_seconds: PositiveFloat = 600.0
+    stall_seconds: Seconds = 600.0
     """seconds without any progress after which the job fails instead of waiting on"""
 
 
@@ -99,9 +107,9 @@ class ScalingSettings(Section):
     """data-parallel processes; MIN:MAX (quoted in YAML): as many as the cluster has room for"""
     use_gpu: bool = False
     """one GPU for each worker"""
-    cpus_per_worker: PositiveFloat | None = None
+    cpus_per_worker: Cores | None = None
     """CPUs reserved for each worker (as many as leave room for reading the data)"""
-    threads_per_worker: PositiveInt | None = None
+    threads_per_worker: Threads | None = None
     """torch threads of each worker (the node's cores shared among its workers)"""
 
     @property
@@ -127,7 +135,7 @@ class InferenceScalingSettings(Section):
     """actors (one for each GPU with use_gpu, else one for each CPU)"""
     use_gpu: bool = False
     """one GPU for each actor"""
-    cpus_per_worker: PositiveFloat = 1.0
+    cpus_per_worker: Cores = 1.0
     """CPUs reserved for each actor; also its torch threads"""
 
 

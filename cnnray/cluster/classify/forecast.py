@@ -63,7 +63,8 @@ def measure(
     use_gpu = settings.scaling.use_gpu
     device = torch.device("cuda" if use_gpu else "cpu")
     keep_freed_memory()
-    with _torch_threads(max(1, int(settings.scaling.cpus_per_worker))):
+    threads = min(int(settings.scaling.cpus_per_worker), os.cpu_count() or 1)
+    with _torch_threads(max(1, threads)):
         prepared = _prepared(bundle, settings)
         predictor = make_predictor(bundle, settings, device=device, prepared=prepared)
         return measure_stages(
