@@ -36,7 +36,7 @@ class LabelJob:
 
     @property
     def stages(self) -> list[Stage]:
-        """Where the work is done. Raises ``SettingsError`` when the cluster cannot hold it."""
+        """Where the work is done. Waits and raises as ``inference_stage``."""
         settings, arguments = self.settings, {"job": self}
         if is_split(settings):
             return split_stages(
@@ -44,9 +44,10 @@ class LabelJob:
                 PredictActor,
                 arguments,
                 settings.scaling,
+                settings.cluster,
                 decode_workers=settings.decode_workers,
             )
-        return [inference_stage(LabelActor, arguments, settings.scaling)]
+        return [inference_stage(LabelActor, arguments, settings.scaling, settings.cluster)]
 
     def decoder(self, preprocessing: Preprocessing) -> SampleDecoder:
         """The part of a worker that decodes."""

@@ -48,7 +48,7 @@ class TrainJob:
     run: Store
     order_log: Store | None
     threads: int
-    board: Any
+    mailbox: Any  # the handle of a Mailbox
     teacher: TeacherBundle | None = None
 
 
