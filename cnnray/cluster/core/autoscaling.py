@@ -76,7 +76,9 @@ def read_on_head(address: str, *, processes: Path = Path("/proc")) -> Autoscaler
     """What the autoscaler of the Ray at ``address`` may bring. Runs on that Ray's head."""
     for command in _commands(processes):
         options = dict(word[2:].partition("=")[::2] for word in command if word.startswith("--"))
-        if options.get("gcs-address") == address and "autoscaling-config" in options:
+        # The host may be written in several ways; the port is one Ray's on this machine.
+        is_ours = options.get("gcs-address", "").rpartition(":")[2] == address.rpartition(":")[2]
+        if is_ours and "autoscaling-config" in options:
             return read_config(Path(options["autoscaling-config"]).expanduser())
     return read_ray_cluster()
 

@@ -67,8 +67,8 @@ def test_the_autoscaler_of_the_same_ray_is_found_among_the_processes(tmp_path):
     start(1, "init")
     start(2, "monitor.py", "--gcs-address=1.2.3.4:1", config)
     start(3, "monitor.py", "--gcs-address=1.2.3.4:2")
-    assert read_on_head("1.2.3.4:1", processes=tmp_path) == OURS
-    assert read_on_head("1.2.3.4:2", processes=tmp_path) is NO_AUTOSCALER
+    assert read_on_head("head:1", processes=tmp_path) == OURS
+    assert read_on_head("head:2", processes=tmp_path) is NO_AUTOSCALER
 
 
 @pytest.mark.ray
