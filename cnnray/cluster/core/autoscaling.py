@@ -10,10 +10,10 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import ray
 import yaml
+from ray.experimental.internal_kv import internal_kv_get_gcs_client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cnnray.cluster.core.kuberay import read_ray_cluster
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 NO_LIMIT = 1000
 """Nodes that are reckoned with in a group without a limit."""
+REPORTED = b"__autoscaler_cluster_config", b"__autoscaler"
+"""Key and namespace of what a platform has reported, in Ray's own store."""
 ANSWER_SECONDS = 60.0
 """Time for the head to answer, which includes the start of a worker process there."""
 
@@ -30,7 +32,7 @@ ANSWER_SECONDS = 60.0
 def read_autoscaler(nodes: Sequence[ClusterNode]) -> Autoscaler:
     """What the autoscaler of this cluster may bring: nothing where there is no autoscaler."""
     address = ray.get_runtime_context().gcs_address
-    reported = _read_reported(address)
+    reported = _read_reported()
     if reported is not None:
         return reported
     heads = [node.id for node in nodes if node.is_head]
@@ -50,15 +52,11 @@ def _ask_head(node_id: str, address: str) -> Autoscaler:
     return found
 
 
-def _read_reported(address: str) -> Autoscaler | None:
+def _read_reported() -> Autoscaler | None:
     """What a platform has reported to Ray, where Ray Data looks, too."""
     from ray.core.generated.autoscaler_pb2 import ClusterConfig
 
-    raylet: Any = ray._raylet  # Ray's sdk for platforms uses this client, too
-    reported = raylet.GcsClient(address=address).internal_kv_get(
-        raylet.GCS_AUTOSCALER_CLUSTER_CONFIG_KEY.encode(),
-        raylet.GCS_AUTOSCALER_STATE_NAMESPACE.encode(),
-    )
+    reported = internal_kv_get_gcs_client().internal_kv_get(*REPORTED)
     if reported is None:
         return None
     groups = tuple(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import ray
+from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
 HEAD_RESOURCE = "node:__internal_head__"
 
@@ -49,15 +49,15 @@ NO_AUTOSCALER = Autoscaler()
 
 def read_nodes() -> list[ClusterNode]:
     """The nodes that are alive, without those that are being drained."""
-    from ray.autoscaler.v2.sdk import (
-        get_cluster_status,
-    )  # works with every autoscaler and with none
+    # Ray knows the state of its nodes with every autoscaler, and without one.
+    from ray.autoscaler.v2.sdk import get_cluster_resource_state
+    from ray.core.generated.autoscaler_pb2 import NodeStatus
 
-    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    state = get_cluster_resource_state(internal_kv_get_gcs_client())
     return [
-        ClusterNode(node.node_id, node.ray_node_type_name, node.total_resources())
-        for node in [*status.active_nodes, *status.idle_nodes]
-        if node.node_status != "DRAINING"
+        ClusterNode(node.node_id.hex(), node.ray_node_type_name, dict(node.total_resources))
+        for node in state.node_states
+        if node.status in (NodeStatus.RUNNING, NodeStatus.IDLE)
     ]
 
 

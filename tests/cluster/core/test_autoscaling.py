@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 
-from cnnray.cluster.core.autoscaling import read_autoscaler, read_config, read_on_head
+from cnnray.cluster.core.autoscaling import (
+    REPORTED,
+    read_autoscaler,
+    read_config,
+    read_on_head,
+)
 from cnnray.cluster.core.kuberay import parse_ray_cluster, read_ray_cluster
 from cnnray.cluster.core.nodes import (
     NO_AUTOSCALER,
@@ -77,6 +82,35 @@ def test_a_local_ray_has_its_node_and_no_autoscaler(ray_session):
     assert only.is_head
     assert only.resources["CPU"] == 2
     assert read_autoscaler([only]) is NO_AUTOSCALER
+
+
+@pytest.mark.ray
+def test_what_a_platform_has_reported_to_ray_is_promised(ray_session):
+    from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
+    from ray.experimental.internal_kv import internal_kv_get_gcs_client
+
+    groups = [
+        NodeGroupConfig(name="gpu", resources={"CPU": 8, "GPU": 1}, max_count=2),
+        NodeGroupConfig(name="cpu", resources={"CPU": 4}, max_count=-1),
+    ]
+    reported = ClusterConfig(node_group_configs=groups).SerializeToString()
+    client = internal_kv_get_gcs_client()
+    client.internal_kv_put(REPORTED[0], reported, True, REPORTED[1])
+    try:
+        found = read_autoscaler(read_nodes())
+    finally:
+        client.internal_kv_del(REPORTED[0], False, REPORTED[1])
+    assert found.groups[0] == NodeGroup("gpu", GPU_NODE, 2)
+    assert found.max_nodes == 2 + found.groups[1].max_nodes > 100
+
+
+@pytest.mark.ray
+def test_the_place_of_that_report_is_ray_s():
+    from ray import _raylet
+
+    key, namespace = REPORTED
+    assert key.decode() == _raylet.GCS_AUTOSCALER_CLUSTER_CONFIG_KEY
+    assert namespace.decode() == _raylet.GCS_AUTOSCALER_STATE_NAMESPACE
 
 
 # KubeRay
