@@ -36,10 +36,11 @@ from cnnray.datasets.order import (
     row_groups_of,
 )
 from cnnray.datasets.sampling import spread_copies
-from cnnray.images.augment import Augmentation, TrainTransform
+from cnnray.images.augment import TrainTransform
 from cnnray.images.transforms import Preprocessing
 from cnnray.models.classifier import Classifier
 from cnnray.models.tutorial import TutorialCNN
+from cnnray.options import Augmentation
 from cnnray.process import keep_freed_memory
 from cnnray.training.loop import EpochData, Trainer, run_epochs
 from cnnray.training.losses import cross_entropy

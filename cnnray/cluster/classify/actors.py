@@ -33,7 +33,7 @@ class LabelJob:
     kept = ("part", "row")
 
     def plan_stages(self) -> list[Stage]:
-        """Where the work is done. Raises ``SettingsError`` when the cluster cannot hold it."""
+        """Where the work is done. Waits and raises as ``inference_stage``."""
         settings, arguments = self.settings, {"job": self}
         if is_split(settings):
             return split_stages(
@@ -41,9 +41,10 @@ class LabelJob:
                 PredictActor,
                 arguments,
                 settings.scaling,
+                settings.cluster,
                 decode_workers=settings.decode_workers,
             )
-        return [inference_stage(LabelActor, arguments, settings.scaling)]
+        return [inference_stage(LabelActor, arguments, settings.scaling, settings.cluster)]
 
     def open_reader(self) -> PlannedImages:
         """What reads in a worker."""

@@ -176,7 +176,7 @@ def _predict(split: Split, *, model: Store, data: Store, settings: EvaluateSetti
     ) as progress:
         for table in map_units(
             _units(split),
-            [inference_stage(EvaluateActor, arguments, settings.scaling)],
+            [inference_stage(EvaluateActor, arguments, settings.scaling, settings.cluster)],
             stall_seconds=settings.cluster.stall_seconds,
         ):
             tables.append(table)
