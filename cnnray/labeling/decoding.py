@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,8 @@ from cnnray.errors import (
     UnavailableError,
 )
 from cnnray.images.decode import DEFAULT_LIMITS, DecodeLimits
-from cnnray.images.isolation import DEFAULT_SECONDS, Decode, IsolatedDecoder, guarded_decoder
+from cnnray.images.isolation import DEFAULT_SECONDS, Decode
+from cnnray.images.safe_decoder import SafeDecoder
 from cnnray.images.transforms import Preprocessing, fit_view, min_side
 from cnnray.schema import MAX_ERROR_DETAIL
 
@@ -61,18 +61,17 @@ class SampleDecoder:
         decode_seconds: float = DEFAULT_SECONDS,
     ) -> None:
         self.preprocessing = preprocessing
-        self.decoding: dict[str, Any] = {
-            "channels": preprocessing.channels,
-            "limits": limits,
-            "min_side": min_side(preprocessing),
-            "seconds": decode_seconds,
-        }
-        self.isolated = IsolatedDecoder(**self.decoding) if careful else None
+        self.safe = SafeDecoder(
+            careful=careful,
+            channels=preprocessing.channels,
+            limits=limits,
+            min_side=min_side(preprocessing),
+            seconds=decode_seconds,
+        )
 
     def close(self) -> None:
         """End the decoder's process, if there is one."""
-        if self.isolated is not None:
-            self.isolated.close()
+        self.safe.close()
 
     def decode(self, samples: Sequence[Sample]) -> pa.Table:
         """A row for each sample: ``FACTS_SCHEMA`` and its ``image``, size x size x channels bytes.
@@ -82,7 +81,7 @@ class SampleDecoder:
         """
         size, channels = self.preprocessing.size, self.preprocessing.channels
         images = np.zeros((len(samples), size, size, channels), np.uint8)
-        with self._decoder() as decode:
+        with self.safe.batch() as decode:
             facts = [
                 {"key": sample.key, "etag": sample.etag, **self._decode(sample.data, decode, image)}
                 for sample, image in zip(samples, images, strict=True)
@@ -90,11 +89,6 @@ class SampleDecoder:
         cell = pa.binary(size * size * channels)
         pixels = pa.Array.from_buffers(cell, len(samples), [None, pa.py_buffer(images)])
         return pa.Table.from_pylist(facts, FACTS_SCHEMA).append_column("image", pixels)
-
-    def _decoder(self) -> AbstractContextManager[Decode]:
-        if self.isolated is not None:
-            return nullcontext(self.isolated.decode)
-        return guarded_decoder(**self.decoding)
 
     def _decode(
         self, data: bytes | StorageError, decode: Decode, image: np.ndarray[Any, Any]
