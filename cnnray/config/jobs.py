@@ -82,6 +82,8 @@ class PackSettings(JobSettings):
     split: SplitSettings = SplitSettings()
     shard_bytes: PositiveInt = 256 * 1024 * 1024
     """encoded bytes of one shard, at most about"""
+    decode_seconds: PositiveFloat = 30.0
+    """time after which an image that is still being decoded is rejected (decoder_timeout)"""
     limits: LimitSettings = LimitSettings()
     budget: BudgetSettings = BudgetSettings()
     overwrite: bool = False

@@ -184,8 +184,26 @@ def map_items(
     too, when a task has a bug, and ``IncompleteError`` when one keeps killing its worker or nothing
     moves for ``stall_seconds``.
     """
-    if not items:
-        return
+    for first in range(0, len(items), MAX_UNITS):
+        for number, result in _map_some(
+            function,
+            items[first : first + MAX_UNITS],
+            stall_seconds=stall_seconds,
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+        ):
+            yield first + number, result
+
+
+def _map_some(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    *,
+    stall_seconds: float,
+    num_cpus: float,
+    num_gpus: float,
+) -> Iterator[tuple[int, Result]]:
+    """``map_items`` in one execution."""
 
     def call(batch: pa.Table) -> pa.Table:
         numbers, payloads = batch["number"], batch["item"].to_pylist()
@@ -210,6 +228,15 @@ def map_items(
     for block in _blocks(dataset, stall_seconds=stall_seconds):
         for row in block.to_pylist():
             yield row["number"], loads(row["result"])
+
+
+def is_retried() -> bool:
+    """Whether the worker of an earlier try of this task has died. For a function of ``map_items``.
+
+    Ray tells actors in public that they are reconstructed; of a task, only its core knows.
+    """
+    worker = ray._private.worker.global_worker  # type: ignore[attr-defined]
+    return bool(worker.core_worker.get_current_task_attempt_number() > 0)
 
 
 @contextlib.contextmanager

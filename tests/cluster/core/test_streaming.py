@@ -11,7 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from cnnray.cluster.core.streaming import Stage, map_units
+from cnnray.cluster.core import streaming
+from cnnray.cluster.core.streaming import Stage, is_retried, map_items, map_units
 from cnnray.errors import CnnrayError, DataError, IncompleteError
 
 pytestmark = [
@@ -153,3 +154,21 @@ def test_nothing_is_waited_for_without_end():
     with pytest.raises(IncompleteError, match="no worker has finished anything for 3 s"):
         numbers(map_units(tables(1), [Stage(Stuck, {}, 1, 1, 1.0)], stall_seconds=3))
     assert time.monotonic() - started < 30
+
+
+def die_first(number: int) -> tuple[int, bool]:
+    """Odd numbers kill the worker that is given them first."""
+    if number % 2 and not is_retried():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 10 * number, is_retried()
+
+
+def test_an_item_whose_worker_died_is_done_again_and_knows_it(monkeypatch):
+    monkeypatch.setattr(streaming, "MAX_UNITS", 3)  # in two executions
+    results = dict(map_items(die_first, range(4), stall_seconds=60))
+    assert results == {0: (0, False), 1: (10, True), 2: (20, False), 3: (30, True)}
+
+
+def test_an_item_that_kills_every_worker_ends_the_work():
+    with pytest.raises(IncompleteError, match="a worker failed"):
+        list(map_items(lambda _: os.kill(os.getpid(), signal.SIGKILL), [1], stall_seconds=60))
