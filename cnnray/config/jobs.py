@@ -176,32 +176,45 @@ class TuneSettings(TrainSettings):
     """train the best settings anew for so many epochs (0: the bundle is that of the best trial)"""
 
 
-class EvaluateSettings(JobSettings):
-    """Evaluate a bundle on a split of a dataset, every row once."""
+class InferenceSettings(JobSettings):
+    """Base of the jobs that ask a model about images: what computes, where, and what is borne."""
 
     model: str
     """bundle, local or s3://"""
+    chunk_rows: PositiveInt = 256
+    """images of one task"""
+    batch_size: PositiveInt | None = None
+    """images of one forward pass (64 on a GPU, else 16, which stay in the CPU's caches)"""
+    placement: Literal["auto", "fused", "split"] = "auto"
+    """fused: every worker does all; split: CPUs read and decode for the workers (auto: on GPUs)"""
+    decode_workers: PositiveInt | None = None
+    """processes of one CPU that decode, with split (one for each CPU that is left)"""
+    decode_seconds: PositiveFloat = 30.0
+    """time after which an image that is still being decoded is given up (decoder_timeout)"""
+    engine: EngineSettings = EngineSettings()
+    scaling: InferenceScalingSettings = InferenceScalingSettings()
+    limits: LimitSettings = LimitSettings()
+    budget: BudgetSettings = BudgetSettings()
+
+
+class EvaluateSettings(InferenceSettings):
+    """Evaluate a bundle on a split of a dataset, every row once."""
+
     data: str
     """packed dataset, local or s3://"""
     output: str
     """where metrics.json, predictions.parquet and report.html are written"""
     split: Literal["train", "val", "test"] = "test"
     """split to evaluate"""
-    batch_size: PositiveInt = 64
-    """samples of one forward pass"""
     tta: Literal["none", "flips", "crops"] = "none"
     """average over views of each image: 2 (flips: its mirror) or 10 (crops: corners), as slow"""
-    scaling: InferenceScalingSettings = InferenceScalingSettings()
-    limits: LimitSettings = LimitSettings()
     overwrite: bool = False
     """replace the evaluation at output"""
 
 
-class ClassifySettings(JobSettings):
+class ClassifySettings(InferenceSettings):
     """Label what is new in a collection of images into Parquet: one row for each image, once."""
 
-    model: str
-    """bundle, local or s3://"""
     input: str
     """folder or prefix, table of URIs, S3 Inventory manifest.json, WebDataset tars or dataset"""
     output: str
@@ -217,16 +230,6 @@ class ClassifySettings(JobSettings):
     """add the input of the network's head as float16"""
     part_rows: PositiveInt = 65_536
     """rows of one output file; also what a driver that is killed may have to do again"""
-    chunk_rows: PositiveInt = 256
-    """images of one task"""
-    batch_size: PositiveInt | None = None
-    """images of one forward pass (64 on a GPU, else 16, which stay in the CPU's caches)"""
-    placement: Literal["auto", "fused", "split"] = "auto"
-    """fused: every worker does all; split: CPUs read and decode for the workers (auto: on GPUs)"""
-    decode_workers: PositiveInt | None = None
-    """processes of one CPU that decode, with split (one for each CPU that is left)"""
-    decode_seconds: PositiveFloat = 30.0
-    """time after which an image that is still being decoded is given up (decoder_timeout)"""
     delta: bool = False
     """keep a Delta table over the same files, OUTPUT/_delta_log, too (needs the delta extra)"""
     dry_run: bool = False
@@ -235,10 +238,6 @@ class ClassifySettings(JobSettings):
     """USD an hour of one machine, for the cost that dry_run predicts"""
     single_writer: bool = False
     """go on with a store that has no conditional writes: you see to it that nobody else writes"""
-    engine: EngineSettings = EngineSettings()
-    scaling: InferenceScalingSettings = InferenceScalingSettings()
-    limits: LimitSettings = LimitSettings()
-    budget: BudgetSettings = BudgetSettings()
 
 
 class BenchSettings(JobSettings):

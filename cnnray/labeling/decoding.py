@@ -86,9 +86,19 @@ class SampleDecoder:
                 {"key": sample.key, "etag": sample.etag, **self._decode(sample.data, decode, image)}
                 for sample, image in zip(samples, images, strict=True)
             ]
-        cell = pa.binary(size * size * channels)
-        pixels = pa.Array.from_buffers(cell, len(samples), [None, pa.py_buffer(images)])
-        return pa.Table.from_pylist(facts, FACTS_SCHEMA).append_column("image", pixels)
+        return _decoded_table(facts, images)
+
+    def fit(self, pictures: Sequence[np.ndarray[Any, Any]]) -> pa.Table:
+        """The same rows for pixels, (H, W, C) uint8 of any size, without key and etag."""
+        size, channels = self.preprocessing.size, self.preprocessing.channels
+        images = np.zeros((len(pictures), size, size, channels), np.uint8)
+        facts: list[dict[str, Any]] = []
+        for picture, image in zip(pictures, images, strict=True):
+            fitted = fit_view(picture, preprocessing=self.preprocessing)  # (C, H, W)
+            image[...] = np.moveaxis(fitted, 0, 2)
+            height, width = picture.shape[:2]
+            facts.append({"key": "", "etag": "", "width": width, "height": height})
+        return _decoded_table(facts, images)
 
     def _decode(
         self, data: bytes | StorageError, decode: Decode, image: np.ndarray[Any, Any]
@@ -101,6 +111,13 @@ class SampleDecoder:
         fitted = fit_view(decoded.pixels, preprocessing=self.preprocessing)  # (C, H, W)
         image[...] = np.moveaxis(fitted, 0, 2)
         return {"width": decoded.width, "height": decoded.height}
+
+
+def _decoded_table(facts: Sequence[dict[str, Any]], images: np.ndarray[Any, Any]) -> pa.Table:
+    """Facts with their images, (N, H, W, C) uint8, whose memory is shared."""
+    cell = pa.binary(int(np.prod(images.shape[1:])))
+    pixels = pa.Array.from_buffers(cell, len(images), [None, pa.py_buffer(images)])
+    return pa.Table.from_pylist(list(facts), FACTS_SCHEMA).append_column("image", pixels)
 
 
 def images_of(decoded: pa.Table, preprocessing: Preprocessing) -> np.ndarray[Any, Any]:

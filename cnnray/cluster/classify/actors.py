@@ -10,24 +10,17 @@ import pyarrow as pa
 import ray
 import torch
 
-from cnnray.cluster.core.streaming import Stage
-from cnnray.cluster.inference.actors import (
-    DecodeActor,
-    LabelActor,
-    PredictActor,
-    set_up_actor,
-)
-from cnnray.cluster.inference.stages import inference_stage, split_stages
+from cnnray.cluster.inference.actors import set_up_actor
+from cnnray.cluster.inference.choices import batch_size_of, is_split, make_decoder
 from cnnray.config import ClassifySettings
 from cnnray.datasets.sources import Source, copy_rows
-from cnnray.images.decode import DecodeLimits
-from cnnray.images.transforms import Preprocessing
+from cnnray.labeling.agreement import sample_plan
 from cnnray.labeling.commit import Run
 from cnnray.labeling.decoding import Sample, SampleDecoder
 from cnnray.labeling.plan import PlanReader
 from cnnray.labeling.prediction import Predictor
 from cnnray.models.bundle import Bundle, load_bundle, read_bundle_spec
-from cnnray.models.engines import EngineChoice, PreparedEngine, choose_engine, open_engine
+from cnnray.models.engines import PreparedEngine, open_engine
 from cnnray.storage import Store
 
 
@@ -43,18 +36,18 @@ class LabelJob:
 
     kept = ("part", "row")
 
-    def plan_stages(self) -> list[Stage]:
-        """Where the work is done. Raises ``SettingsError`` when the cluster cannot hold it."""
-        settings, arguments = self.settings, {"job": self}
-        if is_split(settings):
-            return split_stages(
-                DecodeActor,
-                PredictActor,
-                arguments,
-                settings.scaling,
-                decode_workers=settings.decode_workers,
-            )
-        return [inference_stage(LabelActor, arguments, settings.scaling)]
+    is_bound_to_precision = True  # by the table, which has been claimed
+
+    @property
+    def embeddings(self) -> bool:
+        """Whether the engine gives features, too."""
+        return self.settings.embeddings
+
+    def read_sample(self, size: int) -> list[Sample]:
+        """Some of the run's images, from all over its plan."""
+        entries = sample_plan(self.run.plan, size)
+        keys, etags = entries["key"].to_pylist(), entries["etag"].to_pylist()
+        return [*map(Sample, keys, etags, self.source.read(entries))]
 
     def open_reader(self) -> PlannedImages:
         """What reads in a worker."""
@@ -72,42 +65,6 @@ class LabelJob:
         engine = PreparedEngine() if self.engine is None else ray.get(self.engine)
         bundle = load_bundle(self.model)
         return make_predictor(bundle, self.settings, device=device, prepared=engine)
-
-
-def is_split(settings: ClassifySettings) -> bool:
-    """Whether some workers decode and others compute."""
-    on_gpu = settings.placement == "auto" and settings.scaling.use_gpu
-    return settings.placement == "split" or on_gpu
-
-
-def decoded_chunk_bytes(job: LabelJob) -> int:
-    """Just under the size of a decoded chunk, so that each one is a block of its own."""
-    preprocessing = read_bundle_spec(job.model).preprocessing
-    image_bytes = preprocessing.channels * preprocessing.size**2
-    return max(1, job.settings.chunk_rows * image_bytes * 3 // 4)
-
-
-def make_decoder(
-    preprocessing: Preprocessing, settings: ClassifySettings, *, careful: bool
-) -> SampleDecoder:
-    """What decodes in a worker."""
-    return SampleDecoder(
-        preprocessing,
-        limits=DecodeLimits(**settings.limits.model_dump()),
-        careful=careful,
-        decode_seconds=settings.decode_seconds,
-    )
-
-
-def engine_choice(settings: ClassifySettings) -> EngineChoice:
-    """The engine that the settings mean. Raises what ``choose_engine`` does."""
-    wanted = settings.engine
-    return choose_engine(wanted.name, wanted.precision, use_gpu=settings.scaling.use_gpu)
-
-
-def batch_size_of(settings: ClassifySettings) -> int:
-    """Images of one forward pass, at most."""
-    return settings.batch_size or (64 if settings.scaling.use_gpu else 16)
 
 
 def make_predictor(

@@ -13,13 +13,9 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from cnnray.cluster.classify.actors import (
-    engine_choice,
-    is_split,
-    make_decoder,
-    make_predictor,
-)
+from cnnray.cluster.classify.actors import make_predictor
 from cnnray.cluster.core.streaming import Stage
+from cnnray.cluster.inference.choices import engine_choice, is_split, make_decoder
 from cnnray.config import ClassifySettings
 from cnnray.console import format_seconds
 from cnnray.datasets.sources import Source

@@ -6,6 +6,7 @@ Plan, publish and commit are ``cnnray.labeling``'s: a driver may be killed anywh
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -14,17 +15,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cnnray.cluster.classify.actors import (
-    LabelJob,
-    decoded_chunk_bytes,
-    engine_choice,
-    is_split,
-)
+from cnnray.cluster.classify.actors import LabelJob
 from cnnray.cluster.classify.dry_run import dry_run
-from cnnray.cluster.classify.engine_check import CheckedEngine, check_engine, with_engine
 from cnnray.cluster.classify.forecast import measure_run, predict_run
 from cnnray.cluster.core.session import ray_cluster
 from cnnray.cluster.core.streaming import MAX_UNITS, Stage, map_units
+from cnnray.cluster.inference.choices import decoded_block_bytes, engine_choice
+from cnnray.cluster.inference.engine_check import CheckedEngine, check_engine
+from cnnray.cluster.inference.stages import plan_stages
 from cnnray.config import ClassifySettings
 from cnnray.console import ProgressLine, format_seconds
 from cnnray.datasets.listing import list_in_order
@@ -37,7 +35,7 @@ from cnnray.labeling.parts import PublishedPart
 from cnnray.labeling.plan import DATA_FOLDER, PlanReader
 from cnnray.labeling.runs import begin_run, claim_table
 from cnnray.labeling.units import plan_units
-from cnnray.models.bundle import Bundle, load_bundle
+from cnnray.models.bundle import Bundle, load_bundle, read_bundle_spec
 from cnnray.process import stop_on_sigterm
 from cnnray.storage import Store, open_store
 
@@ -170,8 +168,8 @@ def _work_on(
         resources.enter_context(ray_cluster(job.settings.cluster))  # the second time it is there
         if engine is None:
             engine = check_engine(job, engine_choice(job.settings))
-            job = with_engine(job, engine)
-        stages = job.plan_stages()
+            job = dataclasses.replace(job, engine=engine.prepared)
+        stages = plan_stages(job, job.settings)
         if measured is not None and predicted is None:
             predicted = time.perf_counter() - started
             predicted += predict_run(measured, stages, job.settings, images=images)
@@ -224,12 +222,13 @@ def _label_rows(
         workers=stages[0].max_workers,
         max_units=MAX_UNITS,
     )
+    preprocessing = read_bundle_spec(job.model).preprocessing
     reader, expected = PlanReader(run.plan), set[int]()
     for rows in map_units(
         [unit.to_table() for unit in units],
         stages,
         stall_seconds=settings.cluster.stall_seconds,
-        block_bytes=decoded_chunk_bytes(job) if is_split(settings) else None,
+        block_bytes=decoded_block_bytes(preprocessing, settings),
     ):
         for part in sorted(set(pc.unique(rows["part"]).to_pylist()) - expected):
             assembler.expect(part, reader.read(part))

@@ -18,7 +18,13 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.cloudpickle import dumps, loads
-from ray.data import ActorPoolStrategy, DataContext, ExecutionResources, TaskPoolStrategy
+from ray.data import (
+    ActorPoolStrategy,
+    DataContext,
+    Dataset,
+    ExecutionResources,
+    TaskPoolStrategy,
+)
 from ray.data.exceptions import ExecutionTimeoutError
 
 from cnnray.cluster.core.deadline import DeadlineError, within
@@ -230,12 +236,22 @@ def _map_some(
             yield row["number"], loads(row["result"])
 
 
+def dataset_of(units: Sequence[pa.Table], read: Callable[[pa.Table], pa.Table]) -> Dataset:
+    """A dataset for a user's own pipeline: what ``read`` gives for each unit, when it is needed.
+
+    Its settings are the user's, those of this process.
+    """
+    return ray.data.from_blocks(list(units)).map_batches(
+        read, batch_size=None, batch_format="pyarrow"
+    )
+
+
 def is_retried() -> bool:
     """Whether the worker of an earlier try of this task has died. For a function of ``map_items``.
 
     Ray tells actors in public that they are reconstructed; of a task, only its core knows.
     """
-    worker = ray._private.worker.global_worker  # type: ignore[attr-defined]
+    worker = ray._private.worker.global_worker
     return bool(worker.core_worker.get_current_task_attempt_number() > 0)
 
 
@@ -249,7 +265,7 @@ def _building(context: DataContext) -> Iterator[None]:
         yield
 
 
-def _blocks(dataset: ray.data.Dataset, *, stall_seconds: float) -> Iterator[pa.Table]:
+def _blocks(dataset: Dataset, *, stall_seconds: float) -> Iterator[pa.Table]:
     """The blocks of a dataset as they come. Raises what ``map_units`` raises."""
     blocks = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     with translated_errors(stall_seconds=stall_seconds):

@@ -8,8 +8,24 @@ from typing import Any
 
 from cnnray.cluster.core.resources import count_places, node_resources
 from cnnray.cluster.core.streaming import Stage
-from cnnray.config import InferenceScalingSettings
+from cnnray.cluster.inference.actors import DecodeActor, InferenceJob, LabelActor, PredictActor
+from cnnray.cluster.inference.choices import is_split
+from cnnray.config import InferenceScalingSettings, InferenceSettings
 from cnnray.errors import SettingsError
+
+
+def plan_stages(job: InferenceJob, settings: InferenceSettings) -> list[Stage]:
+    """Where a job's work is done. Raises ``SettingsError`` when the cluster cannot hold it."""
+    arguments = {"job": job}
+    if is_split(settings):
+        return split_stages(
+            DecodeActor,
+            PredictActor,
+            arguments,
+            settings.scaling,
+            decode_workers=settings.decode_workers,
+        )
+    return [inference_stage(LabelActor, arguments, settings.scaling)]
 
 
 def inference_stage(
