@@ -8,9 +8,13 @@ pipelines of one's own there are two doors, loaded when they are used:
 * ``cnnray.Classifier(bundle)``: a trained model as a callable class for ``map_batches``
 """
 
-from typing import Any
+from __future__ import annotations
 
 __version__ = "0.1.0"
+
+TYPE_CHECKING = False  # typing itself would be something that is loaded
+if TYPE_CHECKING:
+    from typing import Any
 
 _DOORS = ("Classifier", "read_dataset")
 

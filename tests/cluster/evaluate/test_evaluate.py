@@ -128,7 +128,7 @@ def test_images_that_crash_hang_or_exhaust_their_decoder_are_errors_and_the_rest
     actions = {3: "abort", 9: "spin", 14: "bloat"}
 
     def poison(number: int, key: str, image: bytes) -> bytes:
-        return image + f"cnnray-poison:{actions.get(number, 'nothing')};".encode()
+        return image + f"cnnray-poison:{actions[number]};".encode() if number in actions else image
 
     keys = with_images(dataset, tmp_path / "poisoned", poison)
     result = evaluate(
@@ -193,7 +193,11 @@ def test_what_cannot_be_evaluated_is_refused_at_once(evaluate_settings, tmp_path
     assert (tmp_path / "evaluation/metrics.json").read_text() == "{}"
     for changes, said in (
         ({"scaling": {"num_workers": 3}}, "3 workers of 1 CPU do not fit"),
-        ({"scaling": {"use_gpu": True, "num_workers": 1}}, "1 CPU and 1 GPU do not fit"),
+        (
+            {"placement": "fused", "scaling": {"use_gpu": True, "num_workers": 1}},
+            "1 CPU and 1 GPU do not fit",
+        ),
+        ({"scaling": {"use_gpu": True, "num_workers": 1}}, "1 GPU do not fit"),
         ({"tta": "crops"}, "larger than the model's 12 px"),
     ):
         with pytest.raises(SettingsError, match=said):
