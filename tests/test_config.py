@@ -17,6 +17,7 @@ from cnnray.config import (
     ClassifySettings,
     DemoSettings,
     EvaluateSettings,
+    InferenceSettings,
     JobSettings,
     LabelingSettings,
     PackSettings,
@@ -363,7 +364,7 @@ def test_every_job_is_covered_here(job: type[JobSettings]) -> None:
         for value in vars(config).values()
         if isinstance(value, type) and issubclass(value, JobSettings)
     }
-    assert found - {JobSettings, LabelingSettings} == set(JOBS)
+    assert found - {JobSettings, InferenceSettings, LabelingSettings} == set(JOBS)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

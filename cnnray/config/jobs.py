@@ -80,6 +80,8 @@ class PackSettings(JobSettings):
     split: SplitSettings = SplitSettings()
     shard_bytes: PositiveInt = 256 * 1024 * 1024
     """encoded bytes of one shard, at most about"""
+    decode_seconds: Seconds = 30.0
+    """time after which an image that is still being decoded is rejected (decoder_timeout)"""
     limits: DecodeLimits = DecodeLimits()
     budget: BudgetSettings = BudgetSettings()
     overwrite: bool = False
@@ -172,32 +174,45 @@ class TuneSettings(TrainSettings):
     """train the best settings anew for so many epochs (0: the bundle is that of the best trial)"""
 
 
-class EvaluateSettings(JobSettings):
-    """Evaluate a bundle on a split of a dataset, every row once."""
+class InferenceSettings(JobSettings):
+    """Base of the jobs that ask a model about images: what computes, and where."""
 
     model: str
     """bundle, local or s3://"""
+    chunk_rows: PositiveInt = 256
+    """images of one task"""
+    batch_size: PositiveInt | None = None
+    """images of one forward pass (64 on a GPU, else 16, which stay in the CPU's caches)"""
+    placement: Literal["auto", "fused", "split"] = "auto"
+    """fused: every worker does all; split: CPUs read and decode for the workers (auto: on GPUs)"""
+    decode_workers: PositiveInt | None = None
+    """processes of one CPU that decode, with split (one for each CPU that is left)"""
+    decode_seconds: Seconds = 30.0
+    """time after which an image that is still being decoded is given up (decoder_timeout)"""
+    engine: EngineSettings = EngineSettings()
+    scaling: InferenceScalingSettings = InferenceScalingSettings()
+    limits: DecodeLimits = DecodeLimits()
+
+
+class EvaluateSettings(InferenceSettings):
+    """Evaluate a bundle on a split of a dataset, every row once."""
+
     data: str
     """packed dataset, local or s3://"""
     output: str
     """where metrics.json, predictions.parquet and report.html are written"""
     split: Literal["train", "val", "test"] = "test"
     """split to evaluate"""
-    batch_size: PositiveInt = 64
-    """samples of one forward pass"""
     tta: Literal["none", "flips", "crops"] = "none"
     """average over views of each image: 2 (flips: its mirror) or 10 (crops: corners), as slow"""
-    scaling: InferenceScalingSettings = InferenceScalingSettings()
-    limits: DecodeLimits = DecodeLimits()
+    budget: BudgetSettings = BudgetSettings()
     overwrite: bool = False
     """replace the evaluation at output"""
 
 
-class LabelingSettings(JobSettings):
+class LabelingSettings(InferenceSettings):
     """What labels images, and which: shared by the jobs that label and that predict it."""
 
-    model: str
-    """bundle, local or s3://"""
     input: str
     """folder or prefix, table of URIs, S3 Inventory manifest.json, WebDataset tars or dataset"""
     output: str | None = None
@@ -211,21 +226,8 @@ class LabelingSettings(JobSettings):
     """add the input of the network's head as float16"""
     part_rows: PositiveInt = 65_536
     """rows of one output file; also what a driver that is killed may have to do again"""
-    chunk_rows: PositiveInt = 256
-    """images of one task"""
-    batch_size: PositiveInt | None = None
-    """images of one forward pass (64 on a GPU, else 16, which stay in the CPU's caches)"""
-    placement: Literal["auto", "fused", "split"] = "auto"
-    """fused: every worker does all; split: CPUs read and decode for the workers (auto: on GPUs)"""
-    decode_workers: PositiveInt | None = None
-    """processes of one CPU that decode, with split (one for each CPU that is left)"""
-    decode_seconds: Seconds = 30.0
-    """time after which an image that is still being decoded is given up (decoder_timeout)"""
     price_per_hour: PositiveFloat | None = None
     """USD an hour of one machine, for the predicted cost"""
-    engine: EngineSettings = EngineSettings()
-    scaling: InferenceScalingSettings = InferenceScalingSettings()
-    limits: DecodeLimits = DecodeLimits()
 
 
 class ClassifySettings(LabelingSettings):

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import ray
 
-from cnnray.cluster.classify.work import PlannedImages, is_split, make_decoder, make_predictor
-from cnnray.cluster.core.streaming import Stage
-from cnnray.cluster.inference.actors import DecodeActor, LabelActor, PredictActor, set_up_actor
-from cnnray.cluster.inference.stages import inference_stage, split_stages
+from cnnray.cluster.classify.work import PlannedImages, make_predictor
+from cnnray.cluster.inference.actors import set_up_actor
+from cnnray.cluster.inference.choices import is_split, make_decoder
 from cnnray.config import ClassifySettings
 from cnnray.datasets.sources import Source
+from cnnray.labeling.agreement import sample_plan
 from cnnray.labeling.commit import Run
-from cnnray.labeling.decoding import SampleDecoder
+from cnnray.labeling.decoding import Sample, SampleDecoder
 from cnnray.labeling.prediction import Predictor
 from cnnray.models.bundle import load_bundle, read_bundle_spec
 from cnnray.models.engines import PreparedEngine
@@ -32,19 +32,18 @@ class LabelJob:
 
     kept = ("part", "row")
 
-    def plan_stages(self) -> list[Stage]:
-        """Where the work is done. Waits and raises as ``inference_stage``."""
-        settings, arguments = self.settings, {"job": self}
-        if is_split(settings):
-            return split_stages(
-                DecodeActor,
-                PredictActor,
-                arguments,
-                settings.scaling,
-                settings.cluster,
-                decode_workers=settings.decode_workers,
-            )
-        return [inference_stage(LabelActor, arguments, settings.scaling, settings.cluster)]
+    is_bound_to_precision = True  # by the table, which has been claimed
+
+    @property
+    def embeddings(self) -> bool:
+        """Whether the engine gives features, too."""
+        return self.settings.embeddings
+
+    def read_sample(self, size: int) -> list[Sample]:
+        """Some of the run's images, from all over its plan."""
+        entries = sample_plan(self.run.plan, size)
+        keys, etags = entries["key"].to_pylist(), entries["etag"].to_pylist()
+        return [*map(Sample, keys, etags, self.source.read(entries))]
 
     def open_reader(self) -> PlannedImages:
         """What reads in a worker."""
@@ -62,10 +61,3 @@ class LabelJob:
         engine = PreparedEngine() if self.engine is None else ray.get(self.engine)
         bundle = load_bundle(self.model)
         return make_predictor(bundle, self.settings, device=device, prepared=engine)
-
-
-def decoded_chunk_bytes(job: LabelJob) -> int:
-    """Just under the size of a decoded chunk, so that each one is a block of its own."""
-    preprocessing = read_bundle_spec(job.model).preprocessing
-    image_bytes = preprocessing.channels * preprocessing.size**2
-    return max(1, job.settings.chunk_rows * image_bytes * 3 // 4)

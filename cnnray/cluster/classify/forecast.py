@@ -13,9 +13,10 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from cnnray.cluster.classify.work import engine_choice, is_split, make_decoder, make_predictor
+from cnnray.cluster.classify.work import make_predictor
 from cnnray.cluster.core.resources import Capacity, plan_pool, plan_split_pools
 from cnnray.cluster.core.streaming import Stage
+from cnnray.cluster.inference.choices import engine_choice, is_split, make_decoder
 from cnnray.config import LabelingSettings
 from cnnray.console import format_seconds
 from cnnray.datasets.sources import Source

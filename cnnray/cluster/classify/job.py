@@ -259,7 +259,7 @@ class _Labeler:
     @property
     def facts(self) -> dict[str, Any]:
         """What a result says of how images were labelled."""
-        from cnnray.cluster.classify.work import engine_choice
+        from cnnray.cluster.inference.choices import engine_choice
 
         cluster = self.cluster
         engine = cluster.engine if cluster else None

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
-from cnnray.cluster.classify.actors import LabelJob, decoded_chunk_bytes
-from cnnray.cluster.classify.engine_check import CheckedEngine, check_engine, with_engine
+from cnnray.cluster.classify.actors import LabelJob
 from cnnray.cluster.classify.forecast import measure_run, predict_run
-from cnnray.cluster.classify.work import engine_choice, is_split
 from cnnray.cluster.core.session import ray_cluster
 from cnnray.cluster.core.streaming import MAX_UNITS, map_units
+from cnnray.cluster.inference.choices import decoded_block_bytes, engine_choice
+from cnnray.cluster.inference.engine_check import CheckedEngine, check_engine
+from cnnray.cluster.inference.stages import plan_stages
 from cnnray.config import ClassifySettings
 from cnnray.datasets.sources import Source
 from cnnray.labeling.commit import Run
@@ -54,8 +56,8 @@ class ClusterLabeler:
         self.resources.enter_context(ray_cluster(settings.cluster))
         if self.engine is None:
             self.engine = check_engine(job, engine_choice(settings))
-        job = with_engine(job, self.engine)
-        stages = job.plan_stages()
+        job = dataclasses.replace(job, engine=self.engine.prepared)
+        stages = plan_stages(job, settings)
         if measured is not None:
             images = sum(map(run.plan.rows_of, parts))
             predicted = predict_run(measured, stages, settings, images=images)
@@ -71,5 +73,5 @@ class ClusterLabeler:
             [unit.to_table() for unit in units],
             stages,
             stall_seconds=settings.cluster.stall_seconds,
-            block_bytes=decoded_chunk_bytes(job) if is_split(settings) else None,
+            block_bytes=decoded_block_bytes(self.bundle.spec.preprocessing, settings),
         )

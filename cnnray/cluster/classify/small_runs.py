@@ -20,12 +20,8 @@ from itertools import islice
 import pyarrow as pa
 import torch
 
-from cnnray.cluster.classify.work import (
-    PlannedImages,
-    engine_choice,
-    make_decoder,
-    make_predictor,
-)
+from cnnray.cluster.classify.work import PlannedImages, make_predictor
+from cnnray.cluster.inference.choices import engine_choice, make_decoder
 from cnnray.config import ClassifySettings
 from cnnray.datasets.sources import Source
 from cnnray.labeling.commit import Run

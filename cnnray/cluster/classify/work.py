@@ -8,44 +8,15 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from cnnray.cluster.inference.choices import batch_size_of
 from cnnray.config import LabelingSettings
 from cnnray.datasets.sources import Source, copy_rows
-from cnnray.images.transforms import Preprocessing
 from cnnray.labeling.commit import Run
-from cnnray.labeling.decoding import Sample, SampleDecoder
+from cnnray.labeling.decoding import Sample
 from cnnray.labeling.plan import PlanReader
 from cnnray.labeling.prediction import Predictor
 from cnnray.models.bundle import Bundle
-from cnnray.models.engines import EngineChoice, PreparedEngine, choose_engine, open_engine
-
-
-def is_split(settings: LabelingSettings) -> bool:
-    """Whether some workers decode and others compute."""
-    on_gpu = settings.placement == "auto" and settings.scaling.use_gpu
-    return settings.placement == "split" or on_gpu
-
-
-def make_decoder(
-    preprocessing: Preprocessing, settings: LabelingSettings, *, careful: bool
-) -> SampleDecoder:
-    """What decodes in a worker."""
-    return SampleDecoder(
-        preprocessing,
-        limits=settings.limits,
-        careful=careful,
-        decode_seconds=settings.decode_seconds,
-    )
-
-
-def engine_choice(settings: LabelingSettings) -> EngineChoice:
-    """The engine that the settings mean. Raises what ``choose_engine`` does."""
-    wanted = settings.engine
-    return choose_engine(wanted.name, wanted.precision, use_gpu=settings.scaling.use_gpu)
-
-
-def batch_size_of(settings: LabelingSettings) -> int:
-    """Images of one forward pass, at most."""
-    return settings.batch_size or (64 if settings.scaling.use_gpu else 16)
+from cnnray.models.engines import PreparedEngine, open_engine
 
 
 def make_predictor(

@@ -7,7 +7,24 @@ from typing import Any
 from cnnray.cluster.core.growth import fit
 from cnnray.cluster.core.resources import PoolPlan, plan_pool, plan_split_pools, pool_bundles
 from cnnray.cluster.core.streaming import Stage
-from cnnray.config import ClusterSettings, InferenceScalingSettings
+from cnnray.cluster.inference.actors import DecodeActor, InferenceJob, LabelActor, PredictActor
+from cnnray.cluster.inference.choices import is_split
+from cnnray.config import ClusterSettings, InferenceScalingSettings, InferenceSettings
+
+
+def plan_stages(job: InferenceJob, settings: InferenceSettings) -> list[Stage]:
+    """Where a job's work is done. Waits and raises as ``inference_stage``."""
+    arguments = {"job": job}
+    if is_split(settings):
+        return split_stages(
+            DecodeActor,
+            PredictActor,
+            arguments,
+            settings.scaling,
+            settings.cluster,
+            decode_workers=settings.decode_workers,
+        )
+    return [inference_stage(LabelActor, arguments, settings.scaling, settings.cluster)]
 
 
 def inference_stage(

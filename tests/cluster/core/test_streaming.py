@@ -15,7 +15,15 @@ import pytest
 import ray.data
 from ray.data import DataContext
 
-from cnnray.cluster.core.streaming import Pause, Stage, data_context, map_items, map_units
+from cnnray.cluster.core import streaming
+from cnnray.cluster.core.streaming import (
+    Pause,
+    Stage,
+    data_context,
+    is_retried,
+    map_items,
+    map_units,
+)
 from cnnray.errors import CnnrayError, DataError, IncompleteError, UnavailableError
 
 pytestmark = [
@@ -236,3 +244,16 @@ def test_a_waiting_executor_makes_few_steps():
     time.sleep(2)
     blocks.close()
     assert 0 < steps - before < 120  # of some 1,200 without the pause
+
+
+def die_first(number: int) -> tuple[int, bool]:
+    """Odd numbers kill the worker that is given them first."""
+    if number % 2 and not is_retried():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 10 * number, is_retried()
+
+
+def test_an_item_whose_worker_died_is_done_again_and_knows_it(monkeypatch):
+    monkeypatch.setattr(streaming, "MAX_UNITS", 3)  # in two executions
+    results = dict(map_items(die_first, range(4), stall_seconds=60))
+    assert results == {0: (0, False), 1: (10, True), 2: (20, False), 3: (30, True)}
