@@ -151,7 +151,7 @@ class TrainTransform:
         return np.ascontiguousarray(augmented.numpy())
 
     def vary(self, images: np.ndarray, *, epoch: int, keys: Iterable[str]) -> np.ndarray:
-        """Shift and flip fitted (N, C, size, size) images: all that a quick transform leaves to do."""
+        """Shift and flip fitted (N, C, size, size) images: the rest of a quick transform."""
         how = self.augmentation
         pad = how.pad if how.crop == "random_pad" else 0
         if not (pad or how.flip or how.vertical_flip):

@@ -36,8 +36,6 @@ Item = TypeVar("Item")
 
 FIRST_UNITS = 256
 """Items of a stream's first execution: each costs about a millisecond before the first one runs."""
-PREFETCH = 2
-"""Tables on their way to this node beside the one that is taken."""
 FUNCTION_SECONDS = 300.0
 """For a function to reach a task: it is fetched once by each process."""
 
@@ -127,9 +125,8 @@ class OrderedStream(Iterator[pa.Table], Generic[Item]):
             read_ahead_bytes=self._ahead.num_bytes,
             pause=self._pause,
         )
-        yield from dataset.iter_batches(
-            batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH
-        )
+        for reference in _references(dataset):
+            yield ray.get(reference, timeout=self._ahead.stall_seconds)
 
 
 class _Execution:
@@ -151,12 +148,8 @@ def store_in_order(
     if not items:
         return []
 
-    def execute() -> Iterator[Any]:
-        dataset = _dataset([ray.put(function)], items, stall_seconds=stall_seconds)
-        for bundle in dataset.iter_internal_ref_bundles():
-            yield from bundle.block_refs
-
-    drawn = Drawn(execute(), seconds=stall_seconds + GRACE_SECONDS)
+    dataset = _dataset([ray.put(function)], items, stall_seconds=stall_seconds)
+    drawn = Drawn(_references(dataset), seconds=stall_seconds + GRACE_SECONDS)
     try:
         with translated_errors(stall_seconds=stall_seconds):
             references = list(drawn)
@@ -191,14 +184,23 @@ def _dataset(
         return ray.data.read_datasource(
             _Items(shared, items),
             override_num_blocks=len(items),  # else Ray Data would split tables
-            compute=TaskPoolStrategy(size=size),
+            compute=TaskPoolStrategy(size=min(size or len(items), len(items))),
             num_cpus=1,
             # Anywhere, also when it comes from a trial of Ray Tune, whose reservation has no CPU.
             ray_remote_args={"max_retries": MAX_RETRIES, "scheduling_strategy": "DEFAULT"},
         )
 
 
-class _Items(Datasource):
+def _references(dataset: ray.data.Dataset) -> Iterator[Any]:
+    """Of the blocks of a dataset, as they come; closing it ends the execution.
+
+    ``iter_batches`` would leave a thread behind for each execution that does not run to its end.
+    """
+    for bundle in dataset.iter_internal_ref_bundles():
+        yield from bundle.block_refs
+
+
+class _Items(Datasource):  # type: ignore[misc]
     """One read task for each item, in order; Ray Data asks for them several times."""
 
     def __init__(self, shared: Sequence[Any], items: Sequence[Any]) -> None:
