@@ -1,4 +1,4 @@
-"""A balanced sampler: how often an epoch takes each row, so that all classes are equally frequent.
+"""Samplers: what an epoch takes of a split, each row once or all classes equally often.
 
 An epoch has as many samples as the split has rows. They are a pure function of the labels and of
 (seed, epoch), and no worker counts in it. To ``plan_epoch`` a row group is as long as the epoch has
@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from cnnray.datasets.order import Batch, RowGroup, Unit
+from cnnray.datasets.order import Batch, RowGroup, Unit, permutation
 
 STREAM = 0x62616C
 """Sets these draws apart from others of the same seed, such as the order's of (seed, epoch)."""
@@ -28,6 +29,57 @@ class Picks:
 
     rows: Numbers  # (N,) of the row group
     copies: Numbers  # (N,) which of the epoch's samples of its row each one is, from 0
+
+
+class Sample(Protocol):
+    """What one epoch takes of a split."""
+
+    @property
+    def row_groups(self) -> list[RowGroup]:
+        """The row groups, as long as there are samples of them."""
+
+    def pick(self, unit: Unit) -> Picks:
+        """The samples of a unit."""
+
+
+class Sampler(Protocol):
+    """Says what each epoch takes of a split."""
+
+    def sample(self, epoch: int) -> Sample:
+        """A pure function of the epoch."""
+
+
+@dataclass(frozen=True)
+class PlainSampler:
+    """Takes each row once, and permutes those of a unit."""
+
+    row_groups: tuple[RowGroup, ...]
+    seed: int
+
+    def sample(self, epoch: int) -> PlainSample:
+        """All rows."""
+        return PlainSample(list(self.row_groups), self.seed, epoch)
+
+
+@dataclass(frozen=True)
+class PlainSample:
+    """Each row once."""
+
+    row_groups: list[RowGroup]
+    seed: int
+    epoch: int
+
+    def pick(self, unit: Unit) -> Picks:
+        """The rows of a unit, in an order that is drawn anew in every epoch."""
+        order = permutation(unit, seed=self.seed, epoch=self.epoch)
+        picks = every_row(unit)
+        return Picks(picks.rows[order], picks.copies)
+
+
+def every_row(unit: Unit) -> Picks:
+    """The rows of a unit in the order of the file, each once."""
+    rows = np.arange(unit.start, unit.stop)
+    return Picks(rows, copies=np.zeros_like(rows))
 
 
 @dataclass(frozen=True)

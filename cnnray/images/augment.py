@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 from cnnray.errors import SettingsError
 from cnnray.images.decode import decode_image
 from cnnray.images.geometry import shift_and_flip
-from cnnray.images.transforms import EvalTransform, Preprocessing, as_tensor, fit, min_side
+from cnnray.images.transforms import Preprocessing, as_tensor, fit, min_side
 from cnnray.options import DEFAULT_LIMITS, Augmentation, DecodeLimits
 
 _generator_lock = threading.Lock()
@@ -59,20 +59,20 @@ class TrainTransform:
         """Whether all that differs between epochs is what ``vary`` does."""
         return not (self._window or self._steps)
 
+    @property
+    def min_side(self) -> int | None:
+        """``decode_image`` may reduce images to a short side of so many pixels."""
+        return None if self._window else min_side(self.preprocessing)
+
     def __call__(self, data: bytes, *, epoch: int, key: str) -> np.ndarray:
         """(C, size, size) uint8, a pure function of the arguments. Raises ``ImageError``."""
-        [image] = self.variations(data, epoch=epoch, keys=[key])
-        return image
-
-    def variations(self, data: bytes, *, epoch: int, keys: Sequence[str]) -> list[np.ndarray]:
-        """What each of several keys makes of one image, which is decoded once."""
         decoded = decode_image(
             data,
             channels=self.preprocessing.channels,
             limits=self.limits,
-            min_side=None if self._window else min_side(self.preprocessing),
+            min_side=self.min_side,
         )
-        return [self.augment(decoded.pixels, epoch=epoch, key=key) for key in keys]
+        return self.augment(decoded.pixels, epoch=epoch, key=key)
 
     def augment(self, pixels: np.ndarray, *, epoch: int, key: str) -> np.ndarray:
         """The same from decoded (H, W, C) uint8 pixels."""
@@ -89,12 +89,8 @@ class TrainTransform:
                 augmented = step(augmented)
         return np.ascontiguousarray(augmented.numpy())
 
-    def prepare(self, data: bytes) -> np.ndarray:
-        """Decode and fit: (C, size, size) uint8 for ``vary``, if it ``is_quick``."""
-        return EvalTransform(self.preprocessing, self.limits)(data)
-
     def vary(self, images: np.ndarray, *, epoch: int, keys: Iterable[str]) -> np.ndarray:
-        """Shift and flip (N, C, size, size) images."""
+        """Shift and flip fitted (N, C, size, size) images: the rest of a quick transform."""
         how = self.augmentation
         pad = how.pad if how.crop == "random_pad" else 0
         if not (pad or how.flip or how.vertical_flip):

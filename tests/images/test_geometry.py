@@ -7,7 +7,7 @@ import pytest
 
 from cnnray.images.augment import TrainTransform
 from cnnray.images.geometry import shift_and_flip
-from cnnray.images.transforms import Preprocessing
+from cnnray.images.transforms import EvalTransform, Preprocessing
 from cnnray.options import Augmentation
 
 KEYS = [f"photo {number}.jpg" for number in range(2000)]
@@ -73,7 +73,7 @@ def test_prepared_images_are_varied_as_encoded_ones_are_augmented(encode, pictur
     transform = TrainTransform(preprocessing, augmentation, seed=7)
     assert transform.is_quick
     data = encode(picture, "PNG")
-    prepared = np.stack([transform.prepare(data)] * 20)
+    prepared = np.stack([EvalTransform(preprocessing)(data)] * 20)
     varied = transform.vary(prepared, epoch=2, keys=KEYS[:20])
     expected = [transform(data, epoch=2, key=key) for key in KEYS[:20]]
     np.testing.assert_array_equal(varied, expected)

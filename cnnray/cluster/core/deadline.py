@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Generator, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -17,33 +18,53 @@ class DeadlineError(Exception):
     """An item took longer than it may."""
 
 
+class Drawn(Iterator[T]):
+    """The items of a source, drawn one ahead by a thread from now on; errors come in their place.
+
+    ``next`` raises ``DeadlineError`` when an item takes longer than ``seconds``. The thread ends,
+    and closes a source that is a generator, after the last item or after ``close``.
+    """
+
+    def __init__(self, items: Iterator[T], *, seconds: float) -> None:
+        self._seconds = seconds
+        self._drawn: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(
+            target=_draw, args=(items, self._drawn, self._is_over), daemon=True, name="deadline"
+        )
+        self._thread.start()
+
+    def __next__(self) -> T:
+        if self._is_over.is_set():
+            raise StopIteration
+        try:
+            kind, value = self._drawn.get(timeout=self._seconds)
+        except queue.Empty:
+            raise DeadlineError(f"nothing came for {self._seconds:g} s") from None
+        if kind == "item":
+            return cast(T, value)
+        self._is_over.set()
+        if kind == "error":
+            raise value
+        raise StopIteration
+
+    def close(self) -> None:
+        """Draw no more; a thread that waits for its source is left behind after some seconds."""
+        self._is_over.set()
+        _empty(self._drawn)
+        self._thread.join(timeout=CLOSE_SECONDS)
+        _empty(self._drawn)
+        self._drawn.put(("end", None))  # for another thread that waits in next()
+
+
 def within(seconds: float, items: Iterator[T]) -> Iterator[T]:
     """The same items, drawn one ahead by a thread of their own; errors come in their place.
 
     Raises ``DeadlineError`` when an item takes longer than ``seconds``. The thread closes a
     generator when nobody wants more of it.
     """
-    drawn: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
-    is_over = threading.Event()
-    thread = threading.Thread(
-        target=_draw, args=(items, drawn, is_over), daemon=True, name="deadline"
-    )
-    thread.start()
-    try:
-        while True:
-            try:
-                kind, value = drawn.get(timeout=seconds)
-            except queue.Empty:
-                raise DeadlineError(f"nothing came for {seconds:g} s") from None
-            if kind == "error":
-                raise value
-            if kind == "end":
-                return
-            yield value
-    finally:
-        is_over.set()
-        _empty(drawn)
-        thread.join(timeout=CLOSE_SECONDS)
+    with contextlib.closing(Drawn(items, seconds=seconds)) as drawn:
+        yield from drawn
 
 
 def _draw(

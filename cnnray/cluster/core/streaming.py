@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +47,9 @@ MAX_STORE_RETRIES = 2
 """In a task, after the store has given no usable answer: an outage may be over by then."""
 GRACE_SECONDS = 60.0
 """Beyond Ray Data's own deadline, which a scheduling step that hangs never reaches."""
+
+_building = threading.Lock()
+"""The current context, which a dataset is made with, is the process's, not a thread's."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +121,7 @@ def data_context(
     context = DataContext.get_current().copy()
     options = context.execution_options
     options.preserve_order = ordered
-    if read_ahead_bytes is not None:
-        options.resource_limits = ExecutionResources.for_limits(
-            object_store_memory=read_ahead_bytes
-        )
+    options.resource_limits = ExecutionResources.for_limits(object_store_memory=read_ahead_bytes)
     context.target_max_block_size = block_bytes
     context.execution_no_progress_timeout_s = stall_seconds
     context.custom_execution_callback_classes = [pause]
@@ -150,7 +151,7 @@ def map_units(
     if not units:
         return
     context = data_context(stall_seconds=stall_seconds, block_bytes=block_bytes)
-    with _building(context):
+    with building(context):
         # Not from_arrow, which runs a task for each table to learn what is known here.
         dataset = ray.data.from_blocks(list(units))
         for stage in stages:
@@ -221,7 +222,7 @@ def _map_some(
         pa.table({"number": [number], "item": pa.array([dumps(item)])})
         for number, item in enumerate(items)
     ]
-    with _building(data_context(stall_seconds=stall_seconds)):
+    with building(data_context(stall_seconds=stall_seconds)):
         dataset = ray.data.from_blocks(blocks).map_batches(
             call,
             batch_size=None,
@@ -256,9 +257,9 @@ def is_retried() -> bool:
 
 
 @contextlib.contextmanager
-def _building(context: DataContext) -> Iterator[None]:
+def building(context: DataContext) -> Iterator[None]:
     """Datasets that are made here have these settings; they keep them."""
-    with DataContext.current(context), warnings.catch_warnings():
+    with _building, DataContext.current(context), warnings.catch_warnings():
         # Bounds of restarts and retries go through keywords that Ray 2.64 removes; 2.60 has no
         # other way to set them.
         warnings.simplefilter("ignore")

@@ -12,7 +12,7 @@ import ray.train.torch
 import torch
 from torch import nn, optim
 
-from cnnray.cluster.train.ingest import SplitReader
+from cnnray.cluster.train.ingest import SplitFeed
 from cnnray.config import TrainSettings
 from cnnray.datasets.order import EpochOrder, plan_epoch
 from cnnray.models.classifier import Classifier
@@ -46,8 +46,8 @@ class TrainJob:
 
     settings: TrainSettings
     network: Network
-    train: SplitReader
-    val: SplitReader | None
+    train: SplitFeed
+    val: SplitFeed | None
     run: Store
     order_log: Store | None
     threads: int

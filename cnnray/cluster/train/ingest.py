@@ -1,236 +1,229 @@
 """Images for training: units of the planned order are read, decoded and augmented by tasks.
 
-Each worker streams the units of its own lanes, in order. (Why not by Ray Data: see ARCHITECTURE.md,
-decisions.) A split that is small, and differs between epochs by
-shifts and flips at most, is decoded once instead, into Ray's object store, where the workers of a
-node share it.
+Each rank streams the units of its own lanes, in order, through Ray Data. A split that is small, and
+differs between epochs by shifts and flips at most, is decoded once instead, into Ray's object
+store, where the ranks of a node share it.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 import ray
 
-from cnnray.cluster.core.tasks import map_in_order, run_tasks, submit_tasks
+from cnnray.cluster.core.ordered import OrderedStream, ReadAhead, store_in_order
+from cnnray.cluster.core.streaming import is_retried
+from cnnray.cluster.train.reading import SplitReader, to_batch, to_table
 from cnnray.datasets.manifest import Split
-from cnnray.datasets.order import Batch, RowGroup, Unit, permutation, row_groups_of
-from cnnray.datasets.sampling import BalancedSampler, Numbers, Picks
-from cnnray.datasets.shards import read_row_group
-from cnnray.errors import DataError, ImageError
-from cnnray.images.augment import TrainTransform, copy_key
-from cnnray.storage import Store
+from cnnray.datasets.order import Batch, RowGroup, Unit
+from cnnray.datasets.sampling import BalancedSampler, Picks, Sampler, every_row
+from cnnray.errors import DataError
+from cnnray.images.augment import TrainTransform
+from cnnray.images.decode import Decoded
+from cnnray.images.safe_decoder import SafeDecoder
+from cnnray.images.transforms import fit
 
-UNIT_BYTES = 16 * 1024 * 1024
-"""Decoded bytes of one unit, at most: a worker holds one unit for each of its lanes."""
-UNIT_ROWS = 512
-"""Rows of one unit, at most: the first batch needs one unit of every lane."""
 GET_SECONDS = 300.0
 """For a decoded row group to come from another node."""
 
-Decode = Callable[[bytes, Sequence[str]], "list[np.ndarray[Any, Any]]"]
-"""Data and a key for each copy → (C, H, W) uint8 copies."""
+Block = tuple[int, Batch]
+"""A lane and the next of its samples."""
 
 
-class Portion(NamedTuple):
-    """A unit as an epoch wants it; where a sampler chose its samples, with them."""
+class ReadRequest(NamedTuple):
+    """A unit as an epoch wants it: its samples, in the order of use."""
 
     epoch: int
     unit: Unit
-    picks: Picks | None = None
+    picks: Picks
+
+
+class Source(Protocol):
+    """Where the samples of requests come from."""
+
+    def open(self, requests: Iterable[ReadRequest]) -> AbstractContextManager[Iterator[Block]]:
+        """A block for each request, in their order; nothing is left running afterwards."""
 
 
 @dataclass(frozen=True)
-class SplitReader:
-    """Reads one split of a dataset on behalf of a worker."""
+class SplitFeed:
+    """One split for the ranks of a run: what each epoch takes of it, and from where."""
 
-    store: Store
-    split: Split
-    transform: TrainTransform
+    reader: SplitReader
+    sampler: Sampler
+    source: Source
     unit_rows: int
-    seed: int
-    ahead: int
-    """Units of a worker that are read at a time, or wait to be used."""
-    stall_seconds: float
-    decoded: Mapping[tuple[int, int], Any] | None = None
-    """References of batches by shard and row group, once the split is decoded."""
-    sampler: BalancedSampler | None = None
-    """Chooses what an epoch takes of the row groups; without one, each row once."""
-    repeats: int = 1
-    """Copies of each sample, augmented each in its own way; images are (B, M, C, H, W) if many."""
+    """Rows of one unit, at most."""
 
     @property
-    def row_groups(self) -> list[RowGroup]:
-        """The row groups of the split."""
-        return row_groups_of([shard.row_groups for shard in self.split.files])
+    def split(self) -> Split:
+        """What the manifest says of it."""
+        return self.reader.split
+
+    @property
+    def repeats(self) -> int:
+        """Copies of each sample."""
+        return self.reader.repeats
 
     def row_groups_in(self, epoch: int) -> list[RowGroup]:
         """The row groups of the split, as long as the epoch has samples of them."""
-        return self.row_groups if self.sampler is None else self.sampler.sample(epoch).row_groups
+        return self.sampler.sample(epoch).row_groups
 
-    def balance(self) -> SplitReader:
-        """The same reader with a sampler that takes each class equally often.
-
-        Reads the split's labels. Raises ``DataError`` when they are not those of the manifest.
-        """
-        labels = dict(run_tasks(self._labels, self.row_groups, stall_seconds=self.stall_seconds))
-        counts = np.bincount(
-            np.concatenate(list(labels.values())), minlength=len(self.split.class_counts)
-        )
-        if tuple(counts.tolist()) != self.split.class_counts:
-            raise DataError(
-                f"the labels in {self.store.uri} are not those that its manifest counts",
-                hint="pack the dataset again",
-            )
-        in_order = {group: labels[group] for group in self.row_groups}  # tasks end in any order
-        return replace(self, sampler=BalancedSampler(in_order, seed=self.seed))
-
-    def decode_once(self) -> SplitReader:
-        """The same reader with its split decoded, if what then is left to do is quick.
-
-        Raises ``CnnrayError`` when nothing moves; reading raises what decoding has met.
-        """
-        assert self.transform.is_quick
-
-        def prepare(data: bytes, keys: Sequence[str]) -> list[np.ndarray[Any, Any]]:
-            return [self.transform.prepare(data)]
-
-        once = replace(self, repeats=1)
-        decoded = submit_tasks(
-            lambda group: once.read(group, _in_file_order(group), prepare),
-            self.row_groups,
-            stall_seconds=self.stall_seconds,
-        )
-        return replace(
-            self, decoded={(group.shard, group.index): batch for group, batch in decoded}
-        )
-
-    def stream_epochs(
+    def open_epochs(
         self, epochs: range, units_of: Callable[[int], Sequence[Unit]]
-    ) -> Iterator[tuple[int, Batch]]:
-        """(lane, samples) of the units of one epoch after another, shuffled.
+    ) -> AbstractContextManager[Iterator[Block]]:
+        """The units of one epoch after another, shuffled.
 
         The next epoch is read ahead while this one ends and is validated.
         """
-        portions = (
-            portion for epoch in epochs for portion in self._portions(epoch, units_of(epoch))
+        return self.source.open(
+            request for epoch in epochs for request in self._requests(epoch, units_of(epoch))
         )
-        return self._stream(portions, shuffle=True)
 
     def share(self, rank: int, num_workers: int) -> Iterator[Batch]:
-        """This worker's share of the split as it is: each row once over all workers."""
+        """This rank's share of the split as it is: each row once over all ranks."""
         units = [
             Unit(0, group, start, min(start + self.unit_rows, group.num_rows))
-            for group in self.row_groups
+            for group in self.reader.row_groups
             for start in range(0, group.num_rows, self.unit_rows)
         ]
-        own = [Portion(0, unit) for unit in units[rank::num_workers]]
-        for _, batch in self._stream(own, shuffle=False):
-            yield batch
+        own = [ReadRequest(0, unit, every_row(unit)) for unit in units[rank::num_workers]]
+        with self.source.open(own) as blocks:
+            for _, batch in blocks:
+                yield batch
 
-    def read(self, group: RowGroup, picks: Picks, decode: Decode) -> Batch:
-        """Read and decode samples of a row group here."""
-        table = self._table(group, columns=("key", "image", "label")).take(picks.rows)
-        keys = table["key"].to_pylist()
-        images = [
-            self._decode(decode, data.as_py(), key=key, copy=copy)
-            for data, key, copy in zip(table["image"], keys, picks.copies.tolist(), strict=True)
-        ]
-        return Batch(
-            image=self._with_copies(np.stack([copy for copies in images for copy in copies])),
-            label=table["label"].to_numpy().astype(np.int64),
-            key=np.array(keys, dtype=object),
-        )
-
-    def _labels(self, group: RowGroup) -> Numbers:
-        labels: Numbers = self._table(group, columns=("label",))["label"].to_numpy()
-        return labels.astype(np.int64)
-
-    def _table(self, group: RowGroup, *, columns: Sequence[str]) -> pa.Table:
-        path = self.split.files[group.shard].path
-        return read_row_group(self.store, path, group.index, columns=columns)
-
-    def _decode(
-        self, decode: Decode, data: bytes, *, key: str, copy: int
-    ) -> list[np.ndarray[Any, Any]]:
-        try:
-            return decode(data, self._keys_of_copies(key, copy))
-        except ImageError as error:
-            raise DataError(
-                f"{key!r} of {self.store.uri} cannot be decoded any more: {error}",
-                hint="pack the dataset again",
-            ) from error
-
-    def _keys_of_copies(self, key: str, copy: int) -> list[str]:
-        first = copy * self.repeats
-        return [copy_key(key, number) for number in range(first, first + self.repeats)]
-
-    def _with_copies(self, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Images with the copies of each, side by side, in a dimension of their own if many."""
-        return images.reshape(-1, self.repeats, *images.shape[1:]) if self.repeats > 1 else images
-
-    def _portions(self, epoch: int, units: Sequence[Unit]) -> list[Portion]:
-        if self.sampler is None:
-            return [Portion(epoch, unit) for unit in units]
+    def _requests(self, epoch: int, units: Sequence[Unit]) -> list[ReadRequest]:
         sample = self.sampler.sample(epoch)
-        return [Portion(epoch, unit, sample.pick(unit)) for unit in units]
-
-    def _picks(self, portion: Portion, *, shuffle: bool) -> Picks:
-        epoch, unit, picks = portion
-        if picks is not None:
-            return picks
-        rows = np.arange(unit.start, unit.stop)
-        if shuffle:
-            rows = rows[permutation(unit, seed=self.seed, epoch=epoch)]
-        return Picks(rows, copies=np.zeros_like(rows))
-
-    def _stream(self, portions: Iterable[Portion], *, shuffle: bool) -> Iterator[tuple[int, Batch]]:
-        stream = self._read_ahead if self.decoded is None else self._recall
-        return stream(portions, shuffle=shuffle)
-
-    def _recall(self, portions: Iterable[Portion], *, shuffle: bool) -> Iterator[tuple[int, Batch]]:
-        """Units of a split that is decoded."""
-        assert self.decoded is not None
-        for portion in portions:
-            group, lane = portion.unit.row_group, portion.unit.lane
-            batch = ray.get(self.decoded[group.shard, group.index], timeout=GET_SECONDS)
-            picks = self._picks(portion, shuffle=shuffle)
-            keys = batch["key"][picks.rows]
-            copies = map(self._keys_of_copies, keys, picks.copies.tolist())
-            images = self.transform.vary(
-                batch["image"][np.repeat(picks.rows, self.repeats)],
-                epoch=portion.epoch,
-                keys=itertools.chain.from_iterable(copies),
-            )
-            image, label = self._with_copies(images), batch["label"][picks.rows]
-            yield lane, Batch(image=image, label=label, key=keys)
-
-    def _read_ahead(
-        self, portions: Iterable[Portion], *, shuffle: bool
-    ) -> Iterator[tuple[int, Batch]]:
-        """Units that tasks read and decode."""
-        reader = replace(self, sampler=None)  # it has chosen; all labels need not travel
-
-        def read(portion: Portion) -> tuple[int, Batch]:
-            decode = partial(_augmented, reader.transform, portion.epoch)
-            picks = reader._picks(portion, shuffle=shuffle)
-            return portion.unit.lane, reader.read(portion.unit.row_group, picks, decode)
-
-        return map_in_order(read, portions, ahead=self.ahead, stall_seconds=self.stall_seconds)
+        return [ReadRequest(epoch, unit, sample.pick(unit)) for unit in units]
 
 
-def _in_file_order(group: RowGroup) -> Picks:
-    rows = np.arange(group.num_rows)
-    return Picks(rows, copies=np.zeros_like(rows))
+@dataclass(frozen=True)
+class StreamedSplit:
+    """Reads, decodes and augments anew in every epoch, by tasks, ahead of the training."""
+
+    reader: SplitReader
+    ahead: ReadAhead
+    """Of one rank."""
+
+    @contextmanager
+    def open(self, requests: Iterable[ReadRequest]) -> Iterator[Iterator[Block]]:
+        """Raises what ``OrderedStream`` raises."""
+        stream = OrderedStream(partial(_read, self.reader), requests, ahead=self.ahead)
+        with closing(stream) as tables:
+            yield map(self._block, tables)
+
+    def _block(self, table: pa.Table) -> Block:
+        return table["lane"][0].as_py(), to_batch(table, self.reader.image_shape)
 
 
-def _augmented(
-    transform: TrainTransform, epoch: int, data: bytes, keys: Sequence[str]
-) -> list[np.ndarray[Any, Any]]:
-    return transform.variations(data, epoch=epoch, keys=keys)
+@dataclass(frozen=True)
+class DecodedSplit:
+    """A split that is decoded in the object store; only shifts and flips are left to do."""
+
+    reader: SplitReader
+    tables: Mapping[tuple[int, int], Any]
+    """References by shard and row group."""
+
+    @contextmanager
+    def open(self, requests: Iterable[ReadRequest]) -> Iterator[Iterator[Block]]:
+        """Raises Ray's errors when a row group is lost for good."""
+        yield map(self._block, requests)
+
+    def _block(self, request: ReadRequest) -> Block:
+        epoch, unit, picks = request
+        table = ray.get(
+            self.tables[unit.row_group.shard, unit.row_group.index], timeout=GET_SECONDS
+        )
+        batch = to_batch(table, self.reader.image_shape[-3:])
+        keys = batch["key"][picks.rows]
+        copies = map(self.reader.keys_of_copies, keys, picks.copies.tolist())
+        images = self.reader.transform.vary(
+            batch["image"][np.repeat(picks.rows, self.reader.repeats)],
+            epoch=epoch,
+            keys=itertools.chain.from_iterable(copies),
+        )
+        image, label = self.reader.with_copies(images), batch["label"][picks.rows]
+        return unit.lane, Batch(image=image, label=label, key=keys)
+
+
+def balance(feed: SplitFeed, *, seed: int, stall_seconds: float) -> SplitFeed:
+    """The same split with a sampler that takes each class equally often.
+
+    Reads the labels. Raises ``DataError`` when they are not those of the manifest.
+    """
+    reader, groups = feed.reader, feed.reader.row_groups
+    tables = store_in_order(partial(_read_labels, reader), groups, stall_seconds=stall_seconds)
+    labels = [table["label"].to_numpy() for table in ray.get(tables, timeout=GET_SECONDS)]
+    counts = np.bincount(np.concatenate(labels), minlength=len(feed.split.class_counts))
+    if tuple(counts.tolist()) != feed.split.class_counts:
+        raise DataError(
+            f"the labels in {reader.store.uri} are not those that its manifest counts",
+            hint="pack the dataset again",
+        )
+    return replace(feed, sampler=BalancedSampler(dict(zip(groups, labels, strict=True)), seed=seed))
+
+
+def decode_once(feed: SplitFeed, *, stall_seconds: float) -> SplitFeed:
+    """The same split decoded, where what then is left to do is quick.
+
+    Raises ``DataError`` for an image that cannot be decoded, and what ``store_in_order`` raises.
+    """
+    reader, groups = feed.reader, feed.reader.row_groups
+    assert reader.transform.is_quick
+    tables = store_in_order(partial(_prepare, reader), groups, stall_seconds=stall_seconds)
+    places = [(group.shard, group.index) for group in groups]
+    return replace(feed, source=DecodedSplit(reader, dict(zip(places, tables, strict=True))))
+
+
+# What tasks do
+
+
+def _read(reader: SplitReader, request: ReadRequest) -> pa.Table:
+    """The samples of a request, decoded and augmented, and their lane."""
+    augment = partial(reader.transform.augment, epoch=request.epoch)
+    with _decoder(reader.transform) as decode:
+
+        def variations(data: bytes, keys: Sequence[str]) -> list[np.ndarray[Any, Any]]:
+            pixels = decode(data).pixels
+            return [augment(pixels, key=key) for key in keys]
+
+        table = to_table(reader.read(request.unit.row_group, request.picks, variations))
+    return table.append_column("lane", pa.array(np.full(len(table), request.unit.lane, np.int32)))
+
+
+def _read_labels(reader: SplitReader, group: RowGroup) -> pa.Table:
+    return pa.table({"label": reader.labels(group)})
+
+
+def _prepare(reader: SplitReader, group: RowGroup) -> pa.Table:
+    """A whole row group as it is before shifts and flips, without repeats."""
+    once = SplitReader(reader.store, reader.split, reader.transform)
+    whole = every_row(Unit(0, group, 0, group.num_rows))
+    with _decoder(reader.transform) as decode:
+
+        def fitted(data: bytes, keys: Sequence[str]) -> list[np.ndarray[Any, Any]]:
+            return [fit(decode(data).pixels, preprocessing=reader.transform.preprocessing)]
+
+        return to_table(once.read(group, whole, fitted))
+
+
+@contextmanager
+def _decoder(transform: TrainTransform) -> Iterator[Callable[[bytes], Decoded]]:
+    """Decodes in this process, whose end an image may be; after such an end, in a child of it.
+
+    So the job ends with the key of an image that crashes, hangs or takes too much memory.
+    """
+    options: dict[str, Any] = {
+        "channels": transform.preprocessing.channels,
+        "limits": transform.limits,
+        "min_side": transform.min_side,
+    }
+    with SafeDecoder(careful=is_retried(), **options) as decoder, decoder.batch() as decode:
+        yield decode

@@ -1,4 +1,4 @@
-"""The train job: Ray Train runs the loop on every worker, Ray's tasks feed it.
+"""The train job: Ray Train runs the loop on every worker, Ray Data feeds it.
 
 The output folder is the bundle, with the run's checkpoints beside it under ``training/``. Workers
 checkpoint there by themselves, so a restart (Ray Train's, or a new submission) goes on from the
@@ -26,7 +26,7 @@ from cnnray.cluster.core.nodes import read_nodes
 from cnnray.cluster.core.resources import WorkerPlan, plan_workers, worker_bundles
 from cnnray.cluster.core.session import ray_cluster
 from cnnray.cluster.train.build import TrainJob
-from cnnray.cluster.train.data import make_readers
+from cnnray.cluster.train.data import make_feeds
 from cnnray.cluster.train.display import OnEpoch, TrainingDisplay
 from cnnray.cluster.train.elastic.policy import (
     ElasticRules,
@@ -71,14 +71,14 @@ def train(settings: TrainSettings, *, on_epoch: OnEpoch = lambda result: None) -
     with ray_cluster(settings.cluster):
         workers = _fit_workers(settings)
         _warn_of_local_paths(settings)
-        readers = make_readers(
+        feeds = make_feeds(
             plan.data, plan.manifest, settings, plan.network, num_workers=workers.num_workers
         )
         job = TrainJob(
             settings=settings,
             network=plan.network,
-            train=readers["train"],
-            val=readers.get("val"),
+            train=feeds["train"],
+            val=feeds.get("val"),
             run=plan.run,
             order_log=None if settings.order_log is None else open_store(settings.order_log),
             threads=workers.threads,

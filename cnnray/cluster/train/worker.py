@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import ray.train
@@ -16,7 +17,7 @@ from cnnray.cluster.core.messages import MailboxHandler
 from cnnray.cluster.train.build import TrainJob, build_trainer, plan_order
 from cnnray.cluster.train.elastic.preemption import PREEMPTION
 from cnnray.config import TrainSettings
-from cnnray.datasets.order import assemble, lanes_of
+from cnnray.datasets.order import Unit, assemble, lanes_of
 from cnnray.datasets.sampling import spread_copies
 from cnnray.errors import CnnrayError, NonFiniteLossError, StorageError
 from cnnray.process import keep_freed_memory
@@ -83,15 +84,18 @@ def _train(job: TrainJob, *, rank: int, num_workers: int) -> None:
     if rank == 0:
         _begin(job, begin, num_workers=num_workers)
     clock = Interval(60 * settings.checkpoint.every_minutes)
-    with CheckpointWriter(
-        job.run, keep=settings.checkpoint.keep, seconds=settings.cluster.stall_seconds
-    ) as writer:
+    with (
+        CheckpointWriter(
+            job.run, keep=settings.checkpoint.keep, seconds=settings.cluster.stall_seconds
+        ) as writer,
+        _epoch_feeder(job, begin, log, rank=rank, num_workers=num_workers) as feed,
+    ):
         for reached in run_epochs(
             trainer,
             first_epoch=begin.epoch,
             epochs=settings.epochs,
             place=begin,
-            data=_epoch_feeder(job, begin, log, rank=rank, num_workers=num_workers),
+            data=feed,
             seed=settings.seed,
             cadence=_cadence(settings, clock, rank=rank),
             rank=rank,
@@ -151,20 +155,18 @@ def _is_over(settings: TrainSettings, history: list[dict[str, Any]]) -> bool:
     return has_stalled(history, **settings.early_stopping.model_dump())
 
 
+@contextmanager
 def _epoch_feeder(
     job: TrainJob, begin: Place, log: OrderLog | None, *, rank: int, num_workers: int
-) -> Callable[[int], EpochData]:
+) -> Iterator[Callable[[int], EpochData]]:
     """This rank's data of each epoch, asked for in turn, out of one stream that reads ahead."""
     lanes = lanes_of(rank, num_workers=num_workers)
 
     def place_in(epoch: int) -> Place:
         return begin if epoch == begin.epoch else Place(epoch)
 
-    blocks = job.train.stream_epochs(
-        range(begin.epoch, job.settings.epochs),
-        lambda epoch: plan_order(job, epoch=epoch).units_of(lanes, first_step=place_in(epoch).step),
-    )
-    val = job.val
+    def units_of(epoch: int) -> list[Unit]:
+        return plan_order(job, epoch=epoch).units_of(lanes, first_step=place_in(epoch).step)
 
     def feed(epoch: int) -> EpochData:
         order, place = plan_order(job, epoch=epoch), place_in(epoch)
@@ -177,7 +179,9 @@ def _epoch_feeder(
             validation=() if val is None else val.share(rank, num_workers),
         )
 
-    return feed
+    val = job.val
+    with job.train.open_epochs(range(begin.epoch, job.settings.epochs), units_of) as blocks:
+        yield feed
 
 
 def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a reading task does with the samples that it is asked for; without Ray."""
+"""What a reading task does with the samples that it is asked for, and how they travel."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cnnray.cluster.train.ingest import Decode, SplitReader
+from cnnray.cluster.train.reading import Decode, SplitReader, to_batch, to_table
 from cnnray.datasets.manifest import Shard, Split
-from cnnray.datasets.order import RowGroup, plan_epoch
-from cnnray.datasets.sampling import BalancedSampler, Picks, spread_copies
+from cnnray.datasets.order import RowGroup, Unit, plan_epoch
+from cnnray.datasets.sampling import BalancedSampler, Picks, PlainSampler, spread_copies
 from cnnray.errors import DataError
 from cnnray.images.augment import TrainTransform
 from cnnray.images.transforms import Preprocessing
@@ -66,17 +66,13 @@ def make_reader(tmp_path: Path) -> Callable[..., SplitReader]:
             store=open_store(str(tmp_path)),
             split=Split(num_samples=20, class_counts=(18, 2), files=(shard,)),
             transform=TrainTransform(preprocessing, augmentation, seed=1),
-            unit_rows=4,
-            seed=1,
-            ahead=2,
-            stall_seconds=60.0,
         )
 
     return make
 
 
 def plain(reader: SplitReader) -> Decode:
-    return lambda data, keys: reader.transform.variations(data, epoch=0, keys=keys)
+    return lambda data, keys: [reader.transform(data, epoch=0, key=key) for key in keys]
 
 
 def test_rows_come_as_often_and_in_the_order_in_which_they_are_picked(make_reader) -> None:
@@ -115,20 +111,20 @@ def test_repeats_are_side_by_side_and_each_augmented_in_its_own_way(make_reader)
 
 def test_without_a_sampler_an_epoch_has_the_rows_of_the_split(make_reader) -> None:
     reader = make_reader(augmentation=Augmentation())
-    assert reader.row_groups_in(7) == reader.row_groups
+    sample = PlainSampler(tuple(reader.row_groups), seed=1).sample(7)
+    assert sample.row_groups == reader.row_groups
+    picks = [sample.pick(Unit(0, reader.row_groups[0], *ends)) for ends in ((0, 4), (4, 10))]
+    assert [sorted(some.rows.tolist()) for some in picks] == [[0, 1, 2, 3], [4, 5, 6, 7, 8, 9]]
+    assert not np.concatenate([some.copies for some in picks]).any()
 
 
 def test_with_a_balanced_sampler_an_epoch_has_as_many_of_each_class(make_reader) -> None:
     reader = make_reader(augmentation=Augmentation())
     labels = np.split(np.array(LABELS), 2)
-    sampler = BalancedSampler(dict(zip(reader.row_groups, labels, strict=True)), seed=1)
-    reader = replace(reader, sampler=sampler)
-    order = plan_epoch(
-        reader.row_groups_in(3), seed=1, epoch=3, global_batch_size=5, max_unit_rows=4
-    )
+    sample = BalancedSampler(dict(zip(reader.row_groups, labels, strict=True)), seed=1).sample(3)
+    order = plan_epoch(sample.row_groups, seed=1, epoch=3, global_batch_size=5, max_unit_rows=4)
     batches = [
-        reader.read(portion.unit.row_group, portion.picks, plain(reader))
-        for portion in reader._portions(3, order.units)
+        reader.read(unit.row_group, sample.pick(unit), plain(reader)) for unit in order.units
     ]
     label = np.concatenate([batch["label"] for batch in batches])
     assert np.bincount(label).tolist() == [10, 10]
@@ -139,3 +135,16 @@ def test_an_image_that_cannot_be_decoded_any_more_is_named(make_reader) -> None:
     picks = Picks(np.array([3]), copies=np.array([2]))
     with pytest.raises(DataError, match=r"'photo 3.png' of .* cannot be decoded any more"):
         reader.read(reader.row_groups[0], picks, plain(reader))
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_a_batch_is_the_same_after_it_went_through_arrow(make_reader, repeats) -> None:
+    reader = replace(make_reader(augmentation=Augmentation()), repeats=repeats)
+    picks = Picks(np.array([4, 0, 7]), copies=np.zeros(3, dtype=np.int64))
+    batch = reader.read(reader.row_groups[0], picks, plain(reader))
+    table = to_table(batch)
+    for rows in (slice(0, 3), slice(1, 3)):  # a slice begins within the memory of its table
+        again = to_batch(table.slice(rows.start, rows.stop - rows.start), reader.image_shape)
+        for name in ("image", "label", "key"):
+            assert again[name].dtype == batch[name].dtype
+            np.testing.assert_array_equal(again[name], batch[name][rows])
