@@ -17,9 +17,9 @@ import pytest
 import torch
 
 import cnnray.cluster.classify.job as classify_module
-from cnnray.cluster.classify import actors as label_workers
-from cnnray.cluster.classify.actors import DecodeActor, LabelActor
 from cnnray.cluster.classify.job import classify
+from cnnray.cluster.inference import stages
+from cnnray.cluster.inference.actors import DecodeActor, LabelActor
 from cnnray.cluster.verify.job import verify
 from cnnray.config import VerifySettings
 from cnnray.errors import (
@@ -178,7 +178,7 @@ def test_a_decoder_that_is_killed_costs_no_row_and_doubles_none(
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__call__(chunk)
 
-    monkeypatch.setattr(label_workers, "DecodeActor", MortalActor)
+    monkeypatch.setattr(stages, "DecodeActor", MortalActor)
     result = classify(classify_settings(input=str(dataset), placement="split"))
     assert dead.exists()
     assert result["labeled"] == 330
@@ -207,7 +207,7 @@ def test_a_worker_that_is_killed_costs_no_row_and_doubles_none(
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__call__(chunk)
 
-    monkeypatch.setattr(label_workers, "LabelActor", MortalActor)
+    monkeypatch.setattr(stages, "LabelActor", MortalActor)
     scaling = {"num_workers": 2}
     result = classify(classify_settings(input=str(dataset), scaling=scaling))
     assert dead.exists()
