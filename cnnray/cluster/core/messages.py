@@ -18,6 +18,8 @@ Message = Beginning | Progress | EpochResult | str
 """Workers begin; progress inside an epoch; the result of an epoch; the text of a warning."""
 
 POLL_SECONDS = 0.5
+JOIN_SECONDS = 10.0
+"""For the mailbox to answer at the end of a run."""
 
 
 class Mailbox:
@@ -69,6 +71,7 @@ class MailboxReader:
     def __init__(self, mailbox: Any, show: Callable[[Message], None]) -> None:
         self.mailbox = mailbox
         self.show = show
+        self.answer: ray.ObjectRef | None = None
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
 
@@ -83,13 +86,18 @@ class MailboxReader:
         traceback: TracebackType | None,
     ) -> None:
         self.stopped.set()
-        self.thread.join(timeout=10)
+        self.thread.join(timeout=2 * JOIN_SECONDS)
 
     def _run(self) -> None:
         while not self.stopped.wait(POLL_SECONDS):
-            self._show_all()
-        self._show_all()
+            self._show_new(seconds=POLL_SECONDS)
+        self._show_new(seconds=JOIN_SECONDS)  # what was asked for before
+        self._show_new(seconds=JOIN_SECONDS)
 
-    def _show_all(self) -> None:
-        for message in ray.get(self.mailbox.take.remote(), timeout=30):
-            self.show(message)
+    def _show_new(self, *, seconds: float) -> None:
+        """Show what has come; on a busy machine the answer may be that to an earlier call."""
+        self.answer = self.answer or self.mailbox.take.remote()
+        if ray.wait([self.answer], timeout=seconds)[0]:
+            messages, self.answer = ray.get(self.answer), None
+            for message in messages:
+                self.show(message)

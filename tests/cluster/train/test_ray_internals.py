@@ -17,7 +17,7 @@ from cnnray.cluster.core.resources import WorkerPlan
 from cnnray.cluster.train.elastic.policy import ElasticRules
 from cnnray.config import ScalingSettings
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
 
 ROOT = Path(__file__).parents[3]
 INTERVAL_SECONDS = 10.0
@@ -113,7 +113,7 @@ def test_a_training_of_a_fixed_number_imports_no_internals(dataset, tmp_path):
         "print([name for name in sys.modules if 'ray_internals' in name])\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=150
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == "[]"
