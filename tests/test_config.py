@@ -209,6 +209,11 @@ def test_an_unknown_setting_in_the_file_is_refused_likewise(
         ("--loss.name", "hinge"),
         ("--scaling.num_workers", "0"),
         ("--run_name", "../up"),
+        ("--augment.pad", "1025"),
+        ("--schedule.warmup_epochs", "inf"),
+        ("--cluster.stall_seconds", "1e300"),
+        ("--scaling.cpus_per_worker", "1e-300"),
+        ("--epochs", "1" + "0" * 20),
     ],
 )
 def test_a_wrong_value_is_named_with_its_flag(flag: str, value: str) -> None:
