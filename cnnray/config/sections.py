@@ -100,10 +100,20 @@ class ClusterSettings(Section):
     """seconds without any progress after which the job fails instead of waiting on"""
 
 
+WorkerCount = Annotated[int | str, BeforeValidator(_worker_count)]
+"""N, or MIN:MAX as a text."""
+
+
+def split_worker_count(count: int | str) -> tuple[int, int]:
+    """The least and the greatest number of N or MIN:MAX."""
+    least, _, most = str(count).partition(":")
+    return int(least), int(most or least)
+
+
 class ScalingSettings(Section):
     """Workers of training."""
 
-    num_workers: Annotated[int | str, BeforeValidator(_worker_count)] = 1
+    num_workers: WorkerCount = 1
     """data-parallel processes; MIN:MAX (quoted in YAML): as many as the cluster has room for"""
     use_gpu: bool = False
     """one GPU for each worker"""
@@ -120,23 +130,33 @@ class ScalingSettings(Section):
     @property
     def min_workers(self) -> int:
         """The least number of workers that training goes on with."""
-        return int(str(self.num_workers).partition(":")[0])
+        return split_worker_count(self.num_workers)[0]
 
     @property
     def max_workers(self) -> int:
         """The greatest number of workers."""
-        return int(str(self.num_workers).rpartition(":")[2])
+        return split_worker_count(self.num_workers)[1]
 
 
 class InferenceScalingSettings(Section):
     """Actors that decode and infer."""
 
-    num_workers: PositiveInt | None = None
-    """actors (one for each GPU with use_gpu, else one for each CPU)"""
+    num_workers: WorkerCount | None = None
+    """actors; MIN:MAX (quoted in YAML): more as the cluster grows (one for each GPU, else CPU)"""
     use_gpu: bool = False
     """one GPU for each actor"""
     cpus_per_worker: Cores = 1.0
     """CPUs reserved for each actor; also its torch threads"""
+
+    @property
+    def min_workers(self) -> int | None:
+        """The least number of actors; None: as many as fit."""
+        return None if self.num_workers is None else split_worker_count(self.num_workers)[0]
+
+    @property
+    def max_workers(self) -> int | None:
+        """The greatest number of actors; None: as many as fit."""
+        return None if self.num_workers is None else split_worker_count(self.num_workers)[1]
 
 
 class EngineSettings(Section):

@@ -56,19 +56,37 @@ class LabelPlan:
 
         Raises ``ConflictError`` when a piece is not what was planned.
         """
-        loaded, table = -1, PLAN_SCHEMA.empty_table()
+        reader = PlanReader(self)
         for part in parts:
-            piece, place = divmod(part, self.piece_parts)
-            if piece != loaded:
-                loaded, table = piece, self._read_piece(piece)
-            yield part, table.slice(place * self.part_rows, self.part_rows)
+            yield part, reader.read(part)
 
-    def _read_piece(self, number: int) -> pa.Table:
-        key = _piece_key(self.pieces[number])
-        data = self.store.read(key)
-        if sha256(data) != self.pieces[number]:
-            raise ConflictError(f"{self.store.uri}/{key} was changed: it is not what was planned")
-        return pq.ParquetFile(io.BytesIO(data)).read(use_threads=False)
+
+class PlanReader:
+    """Reads the inputs of parts; cheap when neighbours follow each other."""
+
+    def __init__(self, plan: LabelPlan) -> None:
+        self.plan = plan
+        self.piece = -1  # that is held
+        self.inputs = PLAN_SCHEMA.empty_table()
+
+    def read(self, part: int) -> pa.Table:
+        """The inputs of a part (``PLAN_SCHEMA``), in order.
+
+        Raises ``ConflictError`` when its piece is not what was planned.
+        """
+        piece, place = divmod(part, self.plan.piece_parts)
+        if piece != self.piece:
+            self.inputs = _read_piece(self.plan.store, self.plan.pieces[piece])
+            self.piece = piece
+        return self.inputs.slice(place * self.plan.part_rows, self.plan.part_rows)
+
+
+def _read_piece(store: Store, digest: str) -> pa.Table:
+    key = _piece_key(digest)
+    data = store.read(key)
+    if sha256(data) != digest:
+        raise ConflictError(f"{store.uri}/{key} was changed: it is not what was planned")
+    return pq.ParquetFile(io.BytesIO(data)).read(use_threads=False)
 
 
 def write_plan(

@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 
 import ray
 
-from cnnray.cluster.classify.actors import LabelJob, batch_size_of, make_decoder
-from cnnray.cluster.core.failures import find_cause, last_line
-from cnnray.cluster.core.tasks import MAX_RETRIES
-from cnnray.cluster.inference.stages import set_up_actor
-from cnnray.errors import CnnrayError, SettingsError
+from cnnray.cluster.classify.actors import LabelJob
+from cnnray.cluster.classify.work import batch_size_of, make_decoder
+from cnnray.cluster.core.streaming import map_items
+from cnnray.cluster.inference.actors import set_up_actor
+from cnnray.errors import SettingsError
 from cnnray.labeling.agreement import Agreement, count_agreement, read_images, sample_plan
 from cnnray.models.bundle import load_bundle
 from cnnray.models.engines import (
@@ -74,27 +75,14 @@ def _remedy(choice: EngineChoice) -> str:
 
 
 def _run_as_worker(job: LabelJob, choice: EngineChoice) -> CheckedEngine:
-    stage = job.stages[-1]
-    task = ray.remote(num_cpus=stage.num_cpus, num_gpus=stage.num_gpus, max_retries=MAX_RETRIES)(
-        _prepare
+    stage = job.plan_stages()[-1]
+    [(_, (prepared, agreement))] = map_items(
+        partial(_prepare, job),
+        [choice],
+        stall_seconds=job.settings.cluster.stall_seconds,
+        num_cpus=stage.num_cpus,
+        num_gpus=stage.num_gpus,
     )
-    seconds = job.settings.cluster.stall_seconds
-    reference = task.remote(job, choice)
-    try:
-        prepared, agreement = ray.get(reference, timeout=seconds)
-    except ray.exceptions.GetTimeoutError as error:
-        ray.cancel(reference, force=True)
-        raise CnnrayError(
-            f"engine {choice} was not ready after {seconds:.0f} s",
-            hint="look at the cluster, or raise --cluster.stall_seconds",
-        ) from error
-    except ray.exceptions.RayError as error:
-        raise (
-            find_cause(error)
-            or CnnrayError(
-                f"engine {choice} does not work: {last_line(error)}", hint="--engine.name eager"
-            )
-        ) from error
     # From here on it is the driver's object: the node that made it may go.
     return CheckedEngine(prepared.choice, agreement, ray.put(prepared))
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from cnnray.errors import CnnrayError
+
+RETRY_ADVICE = re.compile(r"\nFailed to apply UDF transform after \d+/\d+ attempts.*", re.DOTALL)
+"""What Ray Data appends to the text of an exception that it may retry."""
 
 
 def find_cause(error: BaseException) -> CnnrayError | None:
@@ -23,8 +28,8 @@ def find_cause(error: BaseException) -> CnnrayError | None:
 
 
 def _plain(error: CnnrayError) -> CnnrayError:
-    """The error without the remote traceback that Ray adds to its text."""
-    text = str(getattr(error, "cause", error))
+    """The error without the remote traceback and the advice that Ray adds to its text."""
+    text = RETRY_ADVICE.sub("", str(getattr(error, "cause", error)))
     if text == str(error):
         return error
     for kind in type(error).__mro__:
@@ -34,6 +39,12 @@ def _plain(error: CnnrayError) -> CnnrayError:
 
 
 def last_line(error: BaseException) -> str:
-    """The line of a Ray error's text that says what happened: the last one of its traceback."""
+    """One line that says what happened: a task's own exception, or the end of a Ray error's text.
+
+    (Ray Data adds advice of its own below the traceback of a task.)
+    """
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, BaseException):
+        return f"{type(cause).__name__}: {cause}".splitlines()[0]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -1,17 +1,54 @@
-"""Ray Data as cnnray uses it: its settings, its bounds, its errors, in one place."""
+"""Ray Data as cnnray uses it: its settings, its bounds and its errors, in one place.
+
+Ray Data's defaults suit a notebook: retries without end, a stall that is noticed after half an
+hour, a scheduling loop that polls without a pause. A nightly job needs all of it bounded.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.cloudpickle import dumps, loads
+from ray.data import ActorPoolStrategy, DataContext, ExecutionResources, TaskPoolStrategy
+from ray.data.exceptions import ExecutionTimeoutError
+
+from cnnray.cluster.core.deadline import DeadlineError, within
+from cnnray.cluster.core.failures import find_cause, last_line
+from cnnray.errors import CnnrayError, IncompleteError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+MAX_UNITS = 2_000
+"""Inputs of one execution: each costs the driver about a millisecond before the first one runs."""
+TASKS_PER_ACTOR = 2
+"""Units that an actor has at a time: one that it works on, one that is fetched meanwhile."""
+MAX_RESTARTS = 3
+"""Of one actor. (Ray Data's own default is to restart for ever.)"""
+MAX_RETRIES = 3
+"""Of a task whose worker died. (Ray Data's own default is without end.)"""
+MAX_STORE_RETRIES = 2
+"""In a task, after the store has given no usable answer: an outage may be over by then."""
+GRACE_SECONDS = 60.0
+"""Beyond Ray Data's own deadline, which a scheduling step that hangs never reaches."""
 
 
 @dataclass(frozen=True)
 class Stage:
     """A pool of actors of one kind: how each is made, how many there may be, what each reserves.
 
-    ``actor`` is a class; an actor is called with a table and returns one. The pool begins with
-    ``min_workers`` and grows up to ``max_workers`` while there is work for more.
+    ``actor`` is a class; an actor is called with a table and returns one, or several from a
+    generator. The pool begins with ``min_workers`` and grows up to ``max_workers`` while there is
+    work for more.
     """
 
     actor: type
@@ -20,3 +57,189 @@ class Stage:
     max_workers: int
     num_cpus: float
     num_gpus: float = 0.0
+
+
+class Pause:
+    """Lets no two steps of Ray Data's scheduling loop begin within ``SECONDS``.
+
+    The loop waits only for tasks that are running. While its output waits to be taken there are
+    none, and it polls some 600 times a second: 0.85 of a core, and the interpreter's lock, which
+    the training needs. A step that has waited is not delayed. (An ``ExecutionCallback`` by its
+    methods; it lives in the loop's own thread.)
+    """
+
+    SECONDS = 0.02
+
+    def before_execution_starts(self, executor: Any) -> None:
+        """Note when the loop begins."""
+        self.last = time.monotonic()
+
+    def on_execution_step(self, executor: Any) -> None:
+        """Sleep for what is left of ``SECONDS`` since the last step."""
+        rest = self.last + self.SECONDS - time.monotonic()
+        if rest > 0:
+            time.sleep(rest)
+        self.last = time.monotonic()
+
+    def after_execution_succeeds(self, executor: Any) -> None:
+        """Do nothing."""
+
+    def after_execution_fails(self, executor: Any, error: Exception) -> None:
+        """Do nothing."""
+
+
+class TrainingPause(Pause):
+    """A longer pause: units are far ahead of the training, whose process this is."""
+
+    SECONDS = 0.05
+
+
+def data_context(
+    *,
+    stall_seconds: float,
+    ordered: bool = False,
+    read_ahead_bytes: float | None = None,
+    block_bytes: int | None = None,
+    pause: type[Pause] = Pause,
+) -> DataContext:
+    """Settings for one dataset; this process's own stay as they are.
+
+    ``read_ahead_bytes`` bounds what waits in the object store: without it Ray Data fills half of
+    the store first. ``block_bytes``: what a generator yields is cut into blocks of about that
+    size; by default a unit that goes in comes out as one block.
+    """
+    context = DataContext.get_current().copy()
+    options = context.execution_options
+    options.preserve_order = ordered
+    if read_ahead_bytes is not None:
+        options.resource_limits = ExecutionResources.for_limits(
+            object_store_memory=read_ahead_bytes
+        )
+    context.target_max_block_size = block_bytes
+    context.execution_no_progress_timeout_s = stall_seconds
+    context.custom_execution_callback_classes = [pause]
+    context.raise_original_map_exception = True  # or a CnnrayError loses its type and its text
+    context.max_map_retries = MAX_STORE_RETRIES
+    context.retried_map_errors = ["the store gave no usable answer"]
+    context.max_errored_blocks = 0  # otherwise rows are lost in silence
+    context.enable_progress_bars = False  # a job has a line of its own
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    return context
+
+
+def map_units(
+    units: Sequence[pa.Table],
+    stages: Sequence[Stage],
+    *,
+    stall_seconds: float,
+    block_bytes: int | None = None,
+) -> Iterator[pa.Table]:
+    """Every unit after all stages, in the order in which they are done.
+
+    A unit is a small description of work, such as the rows of a plan; the first stage reads what
+    it describes. A ``CnnrayError`` of an actor is raised as it is, a bug as ``CnnrayError``, and
+    ``IncompleteError`` when workers keep dying or nothing moves for ``stall_seconds``.
+    """
+    if not units:
+        return
+    context = data_context(stall_seconds=stall_seconds, block_bytes=block_bytes)
+    with _building(context):
+        # Not from_arrow, which runs a task for each table to learn what is known here.
+        dataset = ray.data.from_blocks(list(units))
+        for stage in stages:
+            least, most = (
+                min(number, len(units)) for number in (stage.min_workers, stage.max_workers)
+            )
+            dataset = dataset.map_batches(
+                stage.actor,
+                fn_constructor_kwargs=stage.arguments,
+                batch_size=None,
+                batch_format="pyarrow",
+                compute=ActorPoolStrategy(
+                    min_size=least,
+                    max_size=most,
+                    max_tasks_in_flight_per_actor=TASKS_PER_ACTOR,
+                ),
+                num_cpus=stage.num_cpus,
+                num_gpus=stage.num_gpus or None,
+                # Tries are not counted: they would be over before Ray knows that a node is gone.
+                max_restarts=MAX_RESTARTS,
+                max_task_retries=-1,
+            )
+    yield from _blocks(dataset, stall_seconds=stall_seconds)
+
+
+def map_items(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    *,
+    stall_seconds: float,
+    num_cpus: float = 1.0,
+    num_gpus: float = 0.0,
+) -> Iterator[tuple[int, Result]]:
+    """The result of each item with its number, in the order in which they are done.
+
+    Each item is one task. A ``CnnrayError`` of a task is raised as it is. Raises ``CnnrayError``,
+    too, when a task has a bug, and ``IncompleteError`` when one keeps killing its worker or nothing
+    moves for ``stall_seconds``.
+    """
+    if not items:
+        return
+
+    def call(batch: pa.Table) -> pa.Table:
+        numbers, payloads = batch["number"], batch["item"].to_pylist()
+        # Between processes of our own, as Ray itself passes arguments on.
+        results = [dumps(function(loads(item))) for item in payloads]
+        return pa.table({"number": numbers, "result": pa.array(results, pa.large_binary())})
+
+    blocks = [
+        pa.table({"number": [number], "item": pa.array([dumps(item)])})
+        for number, item in enumerate(items)
+    ]
+    with _building(data_context(stall_seconds=stall_seconds)):
+        dataset = ray.data.from_blocks(blocks).map_batches(
+            call,
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=TaskPoolStrategy(),
+            num_cpus=num_cpus,
+            num_gpus=num_gpus or None,
+            max_retries=MAX_RETRIES,
+        )
+    for block in _blocks(dataset, stall_seconds=stall_seconds):
+        for row in block.to_pylist():
+            yield row["number"], loads(row["result"])
+
+
+@contextlib.contextmanager
+def _building(context: DataContext) -> Iterator[None]:
+    """Datasets that are made here have these settings; they keep them."""
+    with DataContext.current(context), warnings.catch_warnings():
+        # Bounds of restarts and retries go through keywords that Ray 2.64 removes; 2.60 has no
+        # other way to set them.
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _blocks(dataset: ray.data.Dataset, *, stall_seconds: float) -> Iterator[pa.Table]:
+    """The blocks of a dataset as they come. Raises what ``map_units`` raises."""
+    blocks = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    with translated_errors(stall_seconds=stall_seconds):
+        yield from within(stall_seconds + GRACE_SECONDS, iter(blocks))
+
+
+@contextlib.contextmanager
+def translated_errors(*, stall_seconds: float) -> Iterator[None]:
+    """Raise what went wrong on Ray as errors of cnnray."""
+    try:
+        yield
+    except (ExecutionTimeoutError, ray.exceptions.GetTimeoutError, DeadlineError) as error:
+        raise IncompleteError(
+            f"no worker has finished anything for {stall_seconds:.0f} s",
+            hint="look at the cluster, or raise --cluster.stall_seconds; the same command goes on",
+        ) from error
+    except ray.exceptions.RayError as error:
+        is_bug = isinstance(error, ray.exceptions.RayTaskError)
+        kind = CnnrayError if is_bug else IncompleteError
+        raise (find_cause(error) or kind(f"a worker failed: {last_line(error)}")) from error

@@ -14,9 +14,10 @@ import ray
 import torch
 
 from cnnray import __version__
-from cnnray.cluster.core.pools import map_tables
 from cnnray.cluster.core.session import ray_cluster
-from cnnray.cluster.inference.stages import inference_stage, set_up_actor
+from cnnray.cluster.core.streaming import map_units
+from cnnray.cluster.inference.actors import set_up_actor
+from cnnray.cluster.inference.stages import inference_stage
 from cnnray.config import EvaluateSettings
 from cnnray.console import ProgressLine
 from cnnray.datasets.manifest import Manifest, Split, get_split, read_manifest
@@ -173,9 +174,9 @@ def _predict(split: Split, *, model: Store, data: Store, settings: EvaluateSetti
         label="evaluate",
         seconds=settings.cluster.progress_seconds,
     ) as progress:
-        for table in map_tables(
+        for table in map_units(
             _units(split),
-            [inference_stage(EvaluateActor, arguments, settings.scaling)],
+            [inference_stage(EvaluateActor, arguments, settings.scaling, settings.cluster)],
             stall_seconds=settings.cluster.stall_seconds,
         ):
             tables.append(table)

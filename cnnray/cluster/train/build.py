@@ -51,7 +51,7 @@ class TrainJob:
     run: Store
     order_log: Store | None
     threads: int
-    board: Any
+    mailbox: Any  # the handle of a Mailbox
     teacher: TeacherBundle | None = None
 
 

@@ -7,7 +7,7 @@ import math
 
 import ray
 
-from cnnray.cluster.core.resources import node_resources
+from cnnray.cluster.core.nodes import read_nodes
 from cnnray.cluster.core.tasks import IN_FLIGHT_PER_CPU
 from cnnray.cluster.train.ingest import UNIT_BYTES, UNIT_ROWS, SplitReader
 from cnnray.config import TrainSettings
@@ -80,7 +80,7 @@ def _decode_what_fits(
 
     They take half of a node's object store at most: what tasks read needs some of it, too.
     """
-    room = min(node.get("object_store_memory", 0.0) for node in node_resources()) / 2
+    room = min(node.resources.get("object_store_memory", 0.0) for node in read_nodes()) / 2
     room = min(room, settings.ingest.decoded_bytes)
     ready = dict(readers)
     for name, reader in readers.items():
