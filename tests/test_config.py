@@ -147,7 +147,9 @@ def test_a_range_of_workers_in_yaml_is_quoted(write_yaml: WriteYaml) -> None:
 # Mistakes
 
 
-@pytest.mark.parametrize("text", ["0:2", "3:2", "2:", ":2", "1:2:3", "2-8", "1.5", "-1", "all", ""])
+@pytest.mark.parametrize(
+    "text", ["0:2", "3:2", "2:", ":2", "1:2:3", "2-8", "9" * 30, "1.5", "-1", "all", ""]
+)
 def test_a_range_of_workers_that_makes_no_sense_is_named_with_its_flag(text: str) -> None:
     assert problem(f"--scaling.num_workers={text}").startswith(
         "--scaling.num_workers: must be a number from 1 on, or MIN:MAX of such, got "

@@ -7,11 +7,12 @@ the moment in which Ray would be started; a training also makes a step by hand.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -93,6 +94,7 @@ class Places:
     bundle: str
     space: str
     output: str
+    numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def required(self, job: type[JobSettings]) -> dict[str, str]:
         """Right values of what has no default."""
@@ -101,7 +103,7 @@ class Places:
             "data": self.dataset,
             "model": self.bundle,
             "space": self.space,
-            "output": self.output,
+            "output": f"{self.output}/{next(self.numbers)}",
         }
         return {name: known[name] for name, f in job.model_fields.items() if f.is_required()}
 
@@ -150,8 +152,10 @@ def without_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def start(*arguments: Any, **options: Any) -> NoReturn:
         raise _Started
 
-    for job in ("pack", "train", "tune", "evaluate", "classify"):
-        monkeypatch.setattr(f"cnnray.cluster.{job}.job.ray_cluster", start)
+    for module in ("pack.job", "train.job", "tune.job", "evaluate.job", "classify.on_cluster"):
+        monkeypatch.setattr(f"cnnray.cluster.{module}.ray_cluster", start)
+    small_runs = "cnnray.cluster.classify.small_runs"
+    monkeypatch.setattr(f"{small_runs}.may_run_here", lambda job_settings: False)
     monkeypatch.setattr("cnnray.cluster.classify.dry_run.measure", start)  # seconds each
 
 
@@ -164,11 +168,11 @@ WORDS = ("tutorial_cnn", "small_cnn", "resnet18", "2:4", "local", "key", "Größ
 def leaves(model: type[BaseModel], prefix: str = "") -> dict[str, st.SearchStrategy[Any]]:
     """Dotted names of all settings, with strategies of right values."""
     found: dict[str, st.SearchStrategy[Any]] = {}
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found |= leaves(field.annotation, f"{prefix}{name}.")
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            found |= leaves(info.annotation, f"{prefix}{name}.")
         elif name not in ("config", "output"):
-            found[prefix + name] = values_of(field.annotation, field.metadata)
+            found[prefix + name] = values_of(info.annotation, info.metadata)
     return found
 
 
@@ -355,6 +359,9 @@ WRONG_TEXTS = (
 WRONG_VALUES = (None, [], {}, [1], {"a": 1}, {1: 2}, -1, math.nan, math.inf, 10**400, "\0", "馬")
 WRONG_FILES = (
     "a: " + "9" * 5000,
+    "epochs: 0x" + "f" * 5000,
+    "scaling: {num_workers: 0x" + "f" * 5000 + "}",
+    "epochs: [0x" + "f" * 5000 + "]",
     "epochs: 2001-99-99",
     "epochs: 2001-12-24",
     "[" * 400,
