@@ -148,7 +148,9 @@ def test_a_range_of_workers_in_yaml_is_quoted(write_yaml: WriteYaml) -> None:
 # Mistakes
 
 
-@pytest.mark.parametrize("text", ["0:2", "3:2", "2:", ":2", "1:2:3", "2-8", "1.5", "-1", "all", ""])
+@pytest.mark.parametrize(
+    "text", ["0:2", "3:2", "2:", ":2", "1:2:3", "2-8", "9" * 30, "1.5", "-1", "all", ""]
+)
 def test_a_range_of_workers_that_makes_no_sense_is_named_with_its_flag(text: str) -> None:
     assert problem(f"--scaling.num_workers={text}").startswith(
         "--scaling.num_workers: must be a number from 1 on, or MIN:MAX of such, got "
@@ -210,6 +212,11 @@ def test_an_unknown_setting_in_the_file_is_refused_likewise(
         ("--loss.name", "hinge"),
         ("--scaling.num_workers", "0"),
         ("--run_name", "../up"),
+        ("--augment.pad", "1025"),
+        ("--schedule.warmup_epochs", "inf"),
+        ("--cluster.stall_seconds", "1e300"),
+        ("--scaling.cpus_per_worker", "1e-300"),
+        ("--epochs", "1" + "0" * 20),
     ],
 )
 def test_a_wrong_value_is_named_with_its_flag(flag: str, value: str) -> None:

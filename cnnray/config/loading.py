@@ -124,7 +124,14 @@ def _first_problem(error: ValidationError) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if not name:
         return message
-    return f"--{name}: {message}, got {_shortened(repr(problem['input']))}"
+    return f"--{name}: {message}, got {_shown(problem['input'])}"
+
+
+def _shown(value: Any) -> str:
+    try:
+        return _shortened(repr(value))
+    except ValueError:  # Python writes no number of more than 4,300 digits, in a list neither
+        return "a number of thousands of digits"
 
 
 def _shortened(text: str) -> str:

@@ -22,7 +22,7 @@ from cnnray.options import (
     Threads,
 )
 
-WORKER_COUNT = re.compile(r"(?P<least>[1-9]\d*)(:(?P<most>[1-9]\d*))?", re.ASCII)
+WORKER_COUNT = re.compile(r"(?P<least>[1-9]\d{0,5})(:(?P<most>[1-9]\d{0,5}))?", re.ASCII)
 
 
 def _worker_count(value: Any) -> Any:
