@@ -25,7 +25,7 @@ soak: install
 	$(BIN)/python tests/faults/soak.py all
 
 # The short forms of all benchmarks; benchmarks/README.md has the full ones.
-BENCHMARKS := classify_pipeline agreement classify_compute classify_gpu train_tutorial train_photos growth
+BENCHMARKS := classify_pipeline agreement classify_compute classify_gpu train_tutorial train_photos growth step_overhead
 
 bench: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

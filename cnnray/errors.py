@@ -23,6 +23,22 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+# Why one image could not be used. ``read`` errors come from the store, the others from its bytes.
+READ_ERROR_CODES = ("missing", "changed", "read_failed")
+IMAGE_ERROR_CODES = (
+    "empty",
+    "not_image",
+    "format_not_allowed",
+    "truncated",
+    "corrupt",
+    "too_large",
+)
+DECODER_ERROR_CODES = ("decoder_crash", "decoder_timeout", "decoder_oom")
+"""What an image did to the process that decoded it."""
+
+MAX_ERROR_DETAIL = 200
+"""Characters kept of an error's detail, so that a hostile file cannot bloat a table."""
+
 _USER_INFO = re.compile(r"//[^/?#\s]*@")
 
 
@@ -116,7 +132,7 @@ class NonFiniteLossError(CnnrayError):
 
 
 class ImageError(Exception):
-    """One image cannot be used; ``code`` is one of ``cnnray.schema.IMAGE_ERROR_CODES``."""
+    """One image cannot be used; ``code`` is one of ``IMAGE_ERROR_CODES``."""
 
     def __init__(self, code: str, detail: str = "") -> None:
         super().__init__(f"{code}: {detail}" if detail else code)

@@ -11,22 +11,6 @@ PLAN_VERSION = 1
 
 SPLITS = ("train", "val", "test")
 
-# Why one image could not be used. ``read`` errors come from the store, the others from its bytes.
-READ_ERROR_CODES = ("missing", "changed", "read_failed")
-IMAGE_ERROR_CODES = (
-    "empty",
-    "not_image",
-    "format_not_allowed",
-    "truncated",
-    "corrupt",
-    "too_large",
-)
-DECODER_ERROR_CODES = ("decoder_crash", "decoder_timeout", "decoder_oom")
-"""What an image did to the process that decoded it."""
-
-MAX_ERROR_DETAIL = 200
-"""Characters kept of an error's detail, so that a hostile file cannot bloat a table."""
-
 SHARD_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),

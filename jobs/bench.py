@@ -8,4 +8,4 @@ from cnnray.cli import run_job
 from cnnray.config import BenchSettings
 
 if __name__ == "__main__":
-    run_job(BenchSettings, "cnnray.cluster.classify.bench:bench")
+    run_job(BenchSettings, "cnnray.cluster.classify.dry_run:bench")

@@ -8,4 +8,4 @@ from cnnray.cli import run_job
 from cnnray.config import ClassifySettings
 
 if __name__ == "__main__":
-    run_job(ClassifySettings, "cnnray.cluster.classify.early:classify")
+    run_job(ClassifySettings, "cnnray.cluster.classify.job:classify")

@@ -21,7 +21,7 @@ LAYERS = (
     {"models", "datasets"},
     {"images"},
     {"storage", "config", "console", "process", "cli"},
-    {"schema", "errors"},
+    {"schema", "errors", "options"},
 )
 LEVEL = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 ALSO_ALLOWED = {("cli", "config")}
@@ -181,3 +181,9 @@ def test_importing_does_not_touch_the_log_the_devices_or_the_threads() -> None:
         "assert all(os.environ.get(k) == v for k, v in environment.items())\n"
     )
     assert _run(code) == "[] [] False 1"
+
+
+def test_a_process_that_decodes_images_loads_no_more_than_it_needs() -> None:
+    heavy = "{'torch', 'pyarrow', 'pydantic', 'ray'}"
+    code = f"import sys, cnnray.images.decoder_process; print({heavy} & set(sys.modules))"
+    assert _run(code) == "set()"

@@ -13,9 +13,6 @@ from cnnray.config.sections import (
     ColumnSettings,
     EngineSettings,
     InferenceScalingSettings,
-    LimitSettings,
-    PositiveFloat,
-    PositiveInt,
     ScalingSettings,
     SplitSettings,
     absolute_path,
@@ -37,6 +34,7 @@ from cnnray.config.training import (
     ScheduleSettings,
     TrackingSettings,
 )
+from cnnray.options import DecodeLimits, NonNegativeInt, PositiveFloat, PositiveInt, Seconds
 
 
 class JobSettings(BaseSettings):
@@ -82,7 +80,9 @@ class PackSettings(JobSettings):
     split: SplitSettings = SplitSettings()
     shard_bytes: PositiveInt = 256 * 1024 * 1024
     """encoded bytes of one shard, at most about"""
-    limits: LimitSettings = LimitSettings()
+    decode_seconds: Seconds = 30.0
+    """time after which an image that is still being decoded is rejected (decoder_timeout)"""
+    limits: DecodeLimits = DecodeLimits()
     budget: BudgetSettings = BudgetSettings()
     overwrite: bool = False
     """replace the dataset at output, once the new one is complete"""
@@ -121,7 +121,7 @@ class TrainSettings(JobSettings):
     scaling: ScalingSettings = ScalingSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     tracking: TrackingSettings = TrackingSettings()
-    limits: LimitSettings = LimitSettings()
+    limits: DecodeLimits = DecodeLimits()
     order_log: str | None = None
     """folder to write (epoch, step, rank, key) of every sample to, as Parquet"""
     overwrite: bool = False
@@ -170,51 +170,15 @@ class TuneSettings(TrainSettings):
     """of asha: one in so many goes on, at grace_epochs and at each multiple of it by this factor"""
     max_concurrent: PositiveInt | None = None
     """trials at a time (as many as the cluster has CPUs or GPUs for)"""
-    refit_epochs: Annotated[int, Field(ge=0)] = 0
+    refit_epochs: NonNegativeInt = 0
     """train the best settings anew for so many epochs (0: the bundle is that of the best trial)"""
 
 
-class EvaluateSettings(JobSettings):
-    """Evaluate a bundle on a split of a dataset, every row once."""
+class InferenceSettings(JobSettings):
+    """Base of the jobs that ask a model about images: what computes, and where."""
 
     model: str
     """bundle, local or s3://"""
-    data: str
-    """packed dataset, local or s3://"""
-    output: str
-    """where metrics.json, predictions.parquet and report.html are written"""
-    split: Literal["train", "val", "test"] = "test"
-    """split to evaluate"""
-    batch_size: PositiveInt = 64
-    """samples of one forward pass"""
-    tta: Literal["none", "flips", "crops"] = "none"
-    """average over views of each image: 2 (flips: its mirror) or 10 (crops: corners), as slow"""
-    scaling: InferenceScalingSettings = InferenceScalingSettings()
-    limits: LimitSettings = LimitSettings()
-    overwrite: bool = False
-    """replace the evaluation at output"""
-
-
-class ClassifySettings(JobSettings):
-    """Label what is new in a collection of images into Parquet: one row for each image, once."""
-
-    model: str
-    """bundle, local or s3://"""
-    input: str
-    """folder or prefix, table of URIs, S3 Inventory manifest.json, WebDataset tars or dataset"""
-    output: str
-    """table of labels to make or to add to: data/run=ID/part-*.parquet"""
-    format: Literal["auto", "folder", "table", "inventory", "webdataset", "idx", "dataset"] = "auto"
-    """kind of input"""
-    columns: ColumnSettings = ColumnSettings()
-    on_changed: Literal["relabel", "ignore", "error"] = "relabel"
-    """what to do with an image whose content has changed since it was labelled"""
-    top_k: PositiveInt = 5
-    """labels kept for each image, with their probabilities"""
-    embeddings: bool = False
-    """add the input of the network's head as float16"""
-    part_rows: PositiveInt = 65_536
-    """rows of one output file; also what a driver that is killed may have to do again"""
     chunk_rows: PositiveInt = 256
     """images of one task"""
     batch_size: PositiveInt | None = None
@@ -223,51 +187,74 @@ class ClassifySettings(JobSettings):
     """fused: every worker does all; split: CPUs read and decode for the workers (auto: on GPUs)"""
     decode_workers: PositiveInt | None = None
     """processes of one CPU that decode, with split (one for each CPU that is left)"""
-    decode_seconds: PositiveFloat = 30.0
+    decode_seconds: Seconds = 30.0
     """time after which an image that is still being decoded is given up (decoder_timeout)"""
+    engine: EngineSettings = EngineSettings()
+    scaling: InferenceScalingSettings = InferenceScalingSettings()
+    limits: DecodeLimits = DecodeLimits()
+
+
+class EvaluateSettings(InferenceSettings):
+    """Evaluate a bundle on a split of a dataset, every row once."""
+
+    data: str
+    """packed dataset, local or s3://"""
+    output: str
+    """where metrics.json, predictions.parquet and report.html are written"""
+    split: Literal["train", "val", "test"] = "test"
+    """split to evaluate"""
+    tta: Literal["none", "flips", "crops"] = "none"
+    """average over views of each image: 2 (flips: its mirror) or 10 (crops: corners), as slow"""
+    budget: BudgetSettings = BudgetSettings()
+    overwrite: bool = False
+    """replace the evaluation at output"""
+
+
+class LabelingSettings(InferenceSettings):
+    """What labels images, and which: shared by the jobs that label and that predict it."""
+
+    input: str
+    """folder or prefix, table of URIs, S3 Inventory manifest.json, WebDataset tars or dataset"""
+    output: str | None = None
+    """where the results go"""
+    format: Literal["auto", "folder", "table", "inventory", "webdataset", "idx", "dataset"] = "auto"
+    """kind of input"""
+    columns: ColumnSettings = ColumnSettings()
+    top_k: PositiveInt = 5
+    """labels kept for each image, with their probabilities"""
+    embeddings: bool = False
+    """add the input of the network's head as float16"""
+    part_rows: PositiveInt = 65_536
+    """rows of one output file; also what a driver that is killed may have to do again"""
+    price_per_hour: PositiveFloat | None = None
+    """USD an hour of one machine, for the predicted cost"""
+
+
+class ClassifySettings(LabelingSettings):
+    """Label what is new in a collection of images into Parquet: one row for each image, once."""
+
+    output: str
+    """table of labels to make or to add to: data/run=ID/part-*.parquet"""
+    on_changed: Literal["relabel", "ignore", "error"] = "relabel"
+    """what to do with an image whose content has changed since it was labelled"""
     delta: bool = False
     """keep a Delta table over the same files, OUTPUT/_delta_log, too (needs the delta extra)"""
     dry_run: bool = False
     """write nothing: say what would be labelled, and predict the time and the cost from a sample"""
-    price_per_hour: PositiveFloat | None = None
-    """USD an hour of one machine, for the cost that dry_run predicts"""
     single_writer: bool = False
     """go on with a store that has no conditional writes: you see to it that nobody else writes"""
-    engine: EngineSettings = EngineSettings()
-    scaling: InferenceScalingSettings = InferenceScalingSettings()
-    limits: LimitSettings = LimitSettings()
     budget: BudgetSettings = BudgetSettings()
 
 
-class BenchSettings(JobSettings):
+class BenchSettings(LabelingSettings):
     """Measure labelling on a sample, in one process without Ray, and predict a run from it."""
 
-    model: str
-    """bundle, local or s3://"""
-    input: str
-    """folder or prefix, table of URIs, S3 Inventory manifest.json, WebDataset tars or dataset"""
     output: str | None = None
     """JSON file to write the result to as well, local or s3:// (replaced)"""
-    format: Literal["auto", "folder", "table", "inventory", "webdataset", "idx", "dataset"] = "auto"
-    """kind of input"""
-    columns: ColumnSettings = ColumnSettings()
     sample: PositiveInt = 256
     """images to measure, at about, from all over the input"""
     images: PositiveInt | None = None
     """images to predict a run for (as many as there are)"""
-    price_per_hour: PositiveFloat | None = None
-    """USD an hour of one machine like this one, for the cost"""
-    batch_size: PositiveInt | None = None
-    """images of one forward pass (64 on a GPU, else 16), as for classify"""
-    embeddings: bool = False
-    """with the input of the network's head, as for classify"""
-    placement: Literal["auto", "fused", "split"] = "auto"
-    """fused: every worker does all; split: CPUs read and decode for the workers (auto: on GPUs)"""
-    decode_workers: PositiveInt | None = None
-    """processes of one CPU that decode, with split (one for each CPU that is left)"""
-    engine: EngineSettings = EngineSettings()
-    scaling: InferenceScalingSettings = InferenceScalingSettings()
-    limits: LimitSettings = LimitSettings()
 
 
 class VerifySettings(JobSettings):

@@ -15,6 +15,9 @@ from cnnray.errors import SettingsError
 
 Settings = TypeVar("Settings", bound=JobSettings)
 
+MAX_SHOWN = 400
+"""Characters of a wrong value that a message repeats."""
+
 
 def load_settings(settings_class: type[Settings], argv: Sequence[str]) -> Settings:
     """Settings from flags over ``--config FILE.yaml`` over defaults. Raises ``SettingsError``."""
@@ -31,9 +34,8 @@ def load_settings(settings_class: type[Settings], argv: Sequence[str]) -> Settin
     except Exception as error:
         if type(error).__name__ != "SettingsError":
             raise
-        raise SettingsError(
-            str(error).replace("error parsing CLI: ", ""), hint="see --help"
-        ) from None
+        text = " ".join(str(error).replace("error parsing CLI: ", "").split())
+        raise SettingsError(_shortened(text), hint="see --help") from None
 
 
 def build_settings(
@@ -73,7 +75,7 @@ def _read_yaml(path: str, known: set[str]) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of dates, of nesting
         raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
@@ -109,7 +111,8 @@ def _check_known(name: str, known: set[str], *, kind: str, where: str = "") -> N
     if not close:  # "--lr" for "--optimizer.lr"
         close = [full for full in sorted(known) if full.rsplit(".", 1)[-1] == name][:1]
     raise SettingsError(
-        f"unknown {kind}{name}{where}", hint=f"did you mean {close[0]}?" if close else "see --help"
+        f"unknown {kind}{_shortened(name)}{where}",
+        hint=f"did you mean {close[0]}?" if close else "see --help",
     )
 
 
@@ -121,4 +124,8 @@ def _first_problem(error: ValidationError) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if not name:
         return message
-    return f"--{name}: {message}, got {problem['input']!r}"
+    return f"--{name}: {message}, got {_shortened(repr(problem['input']))}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"

@@ -10,17 +10,17 @@ import os
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import BeforeValidator, model_validator
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+from cnnray.options import (
+    Cores,
+    Fraction,
+    NonNegativeInt,
+    Options,
+    PositiveInt,
+    Seconds,
+    Threads,
+)
 
 WORKER_COUNT = re.compile(r"(?P<least>[1-9]\d*)(:(?P<most>[1-9]\d*))?", re.ASCII)
 
@@ -41,10 +41,8 @@ def absolute_path(path: str | None) -> str | None:
     return plain if "://" in plain else os.path.abspath(os.path.expanduser(plain))
 
 
-class Section(BaseModel):
+class Section(Options):
     """A group of settings, ``--section.key value`` on the command line."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     def with_absolute(self, name: str) -> Self:
         """The same settings with a path that does not depend on the working folder."""
@@ -72,21 +70,12 @@ class ColumnSettings(Section):
         }
 
 
-class LimitSettings(Section):
-    """What one image may cost, checked from its header before it is decoded."""
-
-    max_pixels: PositiveInt = 50_000_000
-    """pixels, width times height"""
-    max_bytes: PositiveInt = 32 * 1024 * 1024
-    """bytes, encoded"""
-
-
 class BudgetSettings(Section):
     """How many bad images a job accepts: beyond both bounds it ends with exit code 3, rows kept."""
 
     max_fraction: Fraction = 0.01
     """fraction of the inputs"""
-    min_rows: Annotated[int, Field(ge=0)] = 100
+    min_rows: NonNegativeInt = 100
     """rows that are always accepted, however small the collection"""
 
     def exceeded(self, *, bad: int, total: int) -> bool:
@@ -101,26 +90,36 @@ class ClusterSettings(Section):
     """host:port of a running cluster, auto for the one on this machine, local for a new one"""
     trusted_network: bool = False
     """join a Ray that asks for no token: nobody but its users reaches its ports"""
-    num_cpus: PositiveInt | None = None
+    num_cpus: Threads | None = None
     """logical CPUs of a local Ray (the machine's)"""
     worker_logs: bool = False
     """copy all that workers print to this log (errors and warnings are shown anyway)"""
-    progress_seconds: PositiveFloat = 10.0
+    progress_seconds: Seconds = 10.0
     """seconds between two progress lines in a log"""
-    stall_seconds: PositiveFloat = 600.0
+    stall_seconds: Seconds = 600.0
     """seconds without any progress after which the job fails instead of waiting on"""
+
+
+WorkerCount = Annotated[int | str, BeforeValidator(_worker_count)]
+"""N, or MIN:MAX as a text."""
+
+
+def split_worker_count(count: int | str) -> tuple[int, int]:
+    """The least and the greatest number of N or MIN:MAX."""
+    least, _, most = str(count).partition(":")
+    return int(least), int(most or least)
 
 
 class ScalingSettings(Section):
     """Workers of training."""
 
-    num_workers: Annotated[int | str, BeforeValidator(_worker_count)] = 1
+    num_workers: WorkerCount = 1
     """data-parallel processes; MIN:MAX (quoted in YAML): as many as the cluster has room for"""
     use_gpu: bool = False
     """one GPU for each worker"""
-    cpus_per_worker: PositiveFloat | None = None
+    cpus_per_worker: Cores | None = None
     """CPUs reserved for each worker (as many as leave room for reading the data)"""
-    threads_per_worker: PositiveInt | None = None
+    threads_per_worker: Threads | None = None
     """torch threads of each worker (the node's cores shared among its workers)"""
 
     @property
@@ -131,23 +130,33 @@ class ScalingSettings(Section):
     @property
     def min_workers(self) -> int:
         """The least number of workers that training goes on with."""
-        return int(str(self.num_workers).partition(":")[0])
+        return split_worker_count(self.num_workers)[0]
 
     @property
     def max_workers(self) -> int:
         """The greatest number of workers."""
-        return int(str(self.num_workers).rpartition(":")[2])
+        return split_worker_count(self.num_workers)[1]
 
 
 class InferenceScalingSettings(Section):
     """Actors that decode and infer."""
 
-    num_workers: PositiveInt | None = None
-    """actors (one for each GPU with use_gpu, else one for each CPU)"""
+    num_workers: WorkerCount | None = None
+    """actors; MIN:MAX (quoted in YAML): more as the cluster grows (one for each GPU, else CPU)"""
     use_gpu: bool = False
     """one GPU for each actor"""
-    cpus_per_worker: PositiveFloat = 1.0
+    cpus_per_worker: Cores = 1.0
     """CPUs reserved for each actor; also its torch threads"""
+
+    @property
+    def min_workers(self) -> int | None:
+        """The least number of actors; None: as many as fit."""
+        return None if self.num_workers is None else split_worker_count(self.num_workers)[0]
+
+    @property
+    def max_workers(self) -> int | None:
+        """The greatest number of actors; None: as many as fit."""
+        return None if self.num_workers is None else split_worker_count(self.num_workers)[1]
 
 
 class EngineSettings(Section):

@@ -6,8 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_serializer, field_validator, model_validator
 
-from cnnray.config.sections import Fraction, PositiveFloat, PositiveInt, Section
+from cnnray.config.sections import Section
 from cnnray.errors import hide_credentials
+from cnnray.options import (
+    Augmentation,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 
 
 def _whole_number(value: Any) -> Any:
@@ -24,7 +32,7 @@ class ModelSettings(Section):
     """safetensors file to start from, local or s3://; the head is replaced when it does not fit"""
     freeze: Literal["none", "backbone"] = "none"
     """backbone: train the head only"""
-    frozen_epochs: Annotated[int, Field(ge=0)] = 0
+    frozen_epochs: NonNegativeInt = 0
     """first epochs in which the head alone is trained (0: none)"""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     """rate of dropout, for models that have it (the model's own)"""
@@ -53,33 +61,9 @@ class ImageSettings(Section):
     """size that training begins with, fraction of the whole, for models of any size (1: whole)"""
 
 
-class AugmentSettings(Section):
+class AugmentSettings(Augmentation):
     """Random changes of training images; everything is off by default."""
 
-    crop: Literal["center", "random_resized", "random_pad"] = "center"
-    """random_resized: a part of random area and shape; random_pad: shift by up to pad pixels"""
-    scale_min: Annotated[float, Field(gt=0.0, le=1.0)] = 0.35
-    """smallest area of random_resized, fraction of the image"""
-    ratio_max: Annotated[float, Field(ge=1.0)] = 4 / 3
-    """widest aspect of random_resized (and its inverse)"""
-    pad: Annotated[int, Field(ge=0)] = 4
-    """pixels, for random_pad"""
-    flip: Fraction = 0.0
-    """probability of a left-right flip"""
-    vertical_flip: Fraction = 0.0
-    """probability of an up-down flip"""
-    rotation: Annotated[float, Field(ge=0.0, le=180.0)] = 0.0
-    """largest rotation either way, degrees"""
-    color_jitter: Fraction = 0.0
-    """strength of random brightness, contrast and saturation"""
-    policy: Literal["none", "randaugment", "trivialaugment", "augmix"] = "none"
-    """automatic augmentation"""
-    policy_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
-    """strength of randaugment and augmix, 0 to 30"""
-    policy_ops: PositiveInt = 2
-    """operations a sample, for randaugment"""
-    erasing: Fraction = 0.0
-    """probability that a random rectangle is blanked"""
     repeats: Annotated[int, Field(ge=1, le=16)] = 1
     """copies of each image in its batch, changed each in its own way: as many times the samples"""
 
@@ -98,7 +82,7 @@ class MixSettings(Section):
 class IngestSettings(Section):
     """How images reach the workers of training."""
 
-    decoded_bytes: Annotated[int, Field(ge=0)] = 1024**3
+    decoded_bytes: NonNegativeInt = 1024**3
     """decoded images kept in a node's memory instead of read every epoch, at most (0: none)"""
 
 
@@ -111,7 +95,7 @@ class OptimizerSettings(Section):
     """peak learning rate, for the global batch (or for lr_reference_batch)"""
     lr_reference_batch: PositiveInt | None = None
     """samples that lr is meant for: it is scaled linearly to global_batch_size (not scaled)"""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """decay of weights (not of biases and normalisation layers)"""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """momentum of sgd and muon"""
@@ -139,7 +123,7 @@ class ScheduleSettings(Section):
 
     name: Literal["constant", "cosine", "step", "one_cycle"] = "constant"
     """constant, cosine, step (times gamma at milestones) or one_cycle (up for 30 % of the steps)"""
-    warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0
+    warmup_epochs: NonNegativeFloat = 0.0
     """epochs of linear warm-up"""
     min_fraction: Fraction = 0.0
     """last learning rate of cosine and one_cycle, fraction of the peak"""
@@ -180,7 +164,7 @@ class ImbalanceSettings(Section):
     """weights 1/n or by effective number, focal loss, logits moved by the prior, or resampling"""
     beta: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
     """of effective_number: 0 weighs all alike, towards 1 it becomes class_weights"""
-    tau: Annotated[float, Field(ge=0.0)] = 1.0
+    tau: NonNegativeFloat = 1.0
     """of logit_adjustment: how much of the log prior is added"""
 
 
@@ -207,20 +191,20 @@ class EarlyStoppingSettings(Section):
 
     patience: PositiveInt | None = None
     """epochs without a better validation loss (trains to the last epoch)"""
-    min_delta: Annotated[float, Field(ge=0.0)] = 0.0
+    min_delta: NonNegativeFloat = 0.0
     """how much lower the loss must be to count as better"""
 
 
 class CheckpointSettings(Section):
     """Checkpoints of training: one after each epoch, and inside epochs."""
 
-    every_steps: Annotated[int, Field(ge=0)] = 0
+    every_steps: NonNegativeInt = 0
     """optimizer steps from one inside epochs to the next (0: not by steps)"""
-    every_minutes: Annotated[float, Field(ge=0.0)] = 10.0
+    every_minutes: NonNegativeFloat = 10.0
     """minutes after which one is written inside an epoch, within 50 steps (0: not by time)"""
     keep: PositiveInt = 2
     """latest ones after epochs that are kept (the best one, and two inside epochs, besides)"""
-    max_restarts: Annotated[int, Field(ge=0)] = 3
+    max_restarts: NonNegativeInt = 3
     """restarts from the last checkpoint after a worker died (another number of workers is none)"""
 
 

@@ -23,6 +23,10 @@ NUM_LANES = 24
 """Divisible by 1, 2, 3, 4, 6, 8, 12 and 24 workers; other counts get uneven shares, as exact."""
 
 
+STAGED_BYTES = 1024 * 1024
+"""Images that ``assemble`` puts together at a time, at most; one batch at least."""
+
+
 class Batch(TypedDict):
     """``image`` (B, C, H, W) uint8, ``label`` (B,) int64, ``key`` (B,) of str."""
 
@@ -173,41 +177,94 @@ def assemble(
 
     ``blocks`` are (lane, rows), in the order of the units that those steps need. Raises
     ``ValueError`` when they end before the epoch does: an epoch that is fed fewer rows than it was
-    promised must never look finished.
+    promised must never look finished. Also when a batch has fewer samples than there are workers.
     """
-    shares = _shares(order.batch_sizes, num_lanes=order.num_lanes)
-    waiting: dict[int, deque[Batch]] = {lane: deque() for lane in lanes}
-    stored = dict.fromkeys(lanes, 0)
+    own = _shares(order.batch_sizes, num_lanes=order.num_lanes)[:, lanes]  # (steps, own lanes)
+    if not own[first_step:].any(axis=1).all():
+        raise ValueError("a batch has no sample for this worker: there are more workers than that")
+    lines = [_Line() for _ in lanes]
+    line_of = dict(zip(lanes, lines, strict=True))
     source = iter(blocks)
 
-    def draw(step: int, rows: npt.NDArray[np.int64]) -> list[Batch]:
-        parts: list[Batch] = []
-        for lane in lanes:
-            wanted = int(rows[lane])
-            while stored[lane] < wanted:
-                block_lane, block = next(source, (-1, None))
+    def draw(step: int, rows: npt.NDArray[np.int64]) -> None:
+        """Have so many rows of each lane."""
+        for line, wanted in zip(lines, rows.tolist(), strict=True):
+            while line.stored < wanted:
+                lane, block = next(source, (-1, None))
                 if block is None:
                     raise ValueError(f"the data ended at step {step} of {order.num_steps}")
-                waiting[block_lane].append(block)
-                stored[block_lane] += len(block["label"])
-            stored[lane] -= wanted
-            parts.extend(_take(waiting[lane], wanted))
+                line_of[lane].append(block)
+
+    skipped = order.rows_to_skip(first_step)[lanes]
+    draw(first_step, skipped)
+    for line, count in zip(lines, skipped.tolist(), strict=True):
+        line.take(count)
+    step = first_step
+    while step < order.num_steps:
+        draw(step, own[step])
+        ready = _steps_ready(lines, own[step:])
+        yield from _stage(lines, own[step : step + ready])
+        step += ready
+
+
+class _Line:
+    """Rows of one lane that wait for their steps."""
+
+    def __init__(self) -> None:
+        self.blocks: deque[Batch] = deque()
+        self.stored = 0
+
+    def append(self, block: Batch) -> None:
+        self.blocks.append(block)
+        self.stored += len(block["label"])
+
+    def take(self, count: int) -> list[Batch]:
+        """The next rows, as parts of blocks."""
+        self.stored -= count
+        parts: list[Batch] = []
+        while count:
+            block = self.blocks.popleft()
+            size = len(block["label"])
+            if size > count:
+                self.blocks.appendleft(_slice(block, count, size))
+                block, size = _slice(block, 0, count), count
+            parts.append(block)
+            count -= size
         return parts
 
-    draw(first_step, order.rows_to_skip(first_step))
-    for step in range(first_step, order.num_steps):
-        yield _concatenate(draw(step, shares[step]))
+
+def _steps_ready(lines: Sequence[_Line], own: npt.NDArray[np.int64]) -> int:
+    """How many of the steps of ``own`` (steps, lanes) rows need no more blocks; at least one."""
+    first = next(line.blocks[0] for line in lines if line.blocks)
+    batch_bytes = int(own[0].sum()) * first["image"][:1].nbytes
+    most = max(1, STAGED_BYTES // max(1, batch_bytes))
+    stored = np.array([line.stored for line in lines])
+    return max(1, int((own[:most].cumsum(axis=0) <= stored).all(axis=1).sum()))
 
 
-def _take(blocks: deque[Batch], count: int) -> Iterator[Batch]:
-    while count:
-        block = blocks.popleft()
-        size = len(block["label"])
-        if size > count:
-            blocks.appendleft(_slice(block, count, size))
-            block, size = _slice(block, 0, count), count
-        yield block
-        count -= size
+def _stage(lines: Sequence[_Line], own: npt.NDArray[np.int64]) -> Iterator[Batch]:
+    """The batches of some steps, put together at once: a lane has but a row or two for each."""
+    taken = own.sum(axis=0).tolist()
+    rows = _concatenate(
+        [part for line, count in zip(lines, taken, strict=True) for part in line.take(count)]
+    )
+    if len(own) > 1:
+        rows = _take(rows, _by_step(own))
+    ends = own.sum(axis=1).cumsum().tolist()
+    for start, stop in zip([0, *ends], ends, strict=False):
+        yield _slice(rows, start, stop)
+
+
+def _by_step(own: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Where rows that lie lane by lane are for those who want them step by step."""
+    lane_of = np.repeat(np.tile(np.arange(own.shape[1]), len(own)), own.ravel())
+    places = np.empty(len(lane_of), dtype=np.int64)
+    places[np.argsort(lane_of, kind="stable")] = np.arange(len(lane_of))
+    return places
+
+
+def _take(batch: Batch, rows: npt.NDArray[np.int64]) -> Batch:
+    return Batch(image=batch["image"][rows], label=batch["label"][rows], key=batch["key"][rows])
 
 
 def _slice(batch: Batch, start: int, stop: int) -> Batch:

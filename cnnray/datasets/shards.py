@@ -6,7 +6,7 @@ A shard that is written twice (a task that was retried) is the same shard.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +16,22 @@ import pyarrow.parquet as pq
 
 from cnnray.datasets.manifest import Shard
 from cnnray.datasets.sources import Source
-from cnnray.errors import DataError, ImageError, MissingObjectError, StorageError
-from cnnray.images.decode import DecodeLimits, decode_image
-from cnnray.schema import MAX_ERROR_DETAIL, REJECTED_SCHEMA, SHARD_SCHEMA
+from cnnray.errors import (
+    MAX_ERROR_DETAIL,
+    DataError,
+    ImageError,
+    MissingObjectError,
+    StorageError,
+)
+from cnnray.images.isolation import DEFAULT_SECONDS, Decode
+from cnnray.images.safe_decoder import SafeDecoder
+from cnnray.options import DecodeLimits
+from cnnray.schema import REJECTED_SCHEMA, SHARD_SCHEMA
 from cnnray.storage import Store, sha256
 
 READ_AHEAD_ROWS = 256
+BATCH_BYTES = 8 * 1024 * 1024
+"""Encoded images that are decoded in a row; reading goes on meanwhile."""
 STATISTICS_SIDE = 512
 """Larger images are sampled at every second, third … pixel for mean and std."""
 
@@ -56,18 +66,47 @@ def pack_shard(
     store: Store,
     classes: Sequence[str],
     limits: DecodeLimits,
+    decode_seconds: float = DEFAULT_SECONDS,
+    careful: bool = False,
     replace: bool = False,
 ) -> PackedShard:
     """Read, prove and write one shard; every image is decoded once. Memory: the encoded shard.
 
-    The file is created only if the name is free or holds the same bytes, unless ``replace``.
+    The file is created only if the name is free or holds the same bytes, unless ``replace``. An
+    image that crashes its decoder, or takes longer than ``decode_seconds``, ends this process; with
+    ``careful``, which is slower, it is rejected with one of ``DECODER_ERROR_CODES``.
     """
     writer = _ShardWriter(plan, class_index={name: index for index, name in enumerate(classes)})
-    for start in range(0, plan.entries.num_rows, READ_AHEAD_ROWS):
-        entries = plan.entries.slice(start, READ_AHEAD_ROWS)
-        for entry, data in zip(entries.to_pylist(), source.read(entries), strict=True):
-            writer.add(entry, data, limits=limits)
+    with SafeDecoder(careful=careful, channels=3, limits=limits, seconds=decode_seconds) as decoder:
+        for batch in _batches(_read(plan.entries, source)):
+            with decoder.batch() as decode:
+                for entry, data in batch:
+                    writer.add(entry, data, decode)
     return writer.finish(store, replace=replace)
+
+
+Entry = dict[str, str]
+Read = tuple[Entry, bytes | StorageError]
+
+
+def _read(entries: pa.Table, source: Source) -> Iterator[Read]:
+    """Each entry with its bytes, or the error that reading met."""
+    for start in range(0, entries.num_rows, READ_AHEAD_ROWS):
+        some = entries.slice(start, READ_AHEAD_ROWS)
+        yield from zip(some.to_pylist(), source.read(some), strict=True)
+
+
+def _batches(images: Iterable[Read]) -> Iterator[list[Read]]:
+    """The same in order, by ``BATCH_BYTES`` or a little more."""
+    batch: list[Read] = []
+    size = 0
+    for entry, data in images:
+        batch.append((entry, data))
+        size += 0 if isinstance(data, StorageError) else len(data)
+        if size >= BATCH_BYTES or len(batch) == READ_AHEAD_ROWS:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 class _ShardWriter:
@@ -87,15 +126,13 @@ class _ShardWriter:
         self.heights: list[int] = []
         self.is_grey = True
 
-    def add(
-        self, entry: dict[str, str], data: bytes | StorageError, *, limits: DecodeLimits
-    ) -> None:
+    def add(self, entry: Entry, data: bytes | StorageError, decode: Decode) -> None:
         if isinstance(data, StorageError):
             code = "missing" if isinstance(data, MissingObjectError) else "read_failed"
             self._reject(entry["key"], "read", code, str(data))
             return
         try:
-            decoded = decode_image(data, channels=3, limits=limits)
+            decoded = decode(data)
         except ImageError as error:
             self._reject(entry["key"], "decode", error.code, error.detail)
             return

@@ -11,90 +11,26 @@ import hashlib
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 from torchvision.transforms import v2
 
-from cnnray.images.decode import DEFAULT_LIMITS, DecodeLimits, decode_image
+from cnnray.errors import SettingsError
+from cnnray.images.decode import decode_image
 from cnnray.images.geometry import shift_and_flip
 from cnnray.images.transforms import Preprocessing, as_tensor, fit, min_side
-
-CROPS = ("center", "random_resized", "random_pad")
-POLICIES = ("none", "randaugment", "trivialaugment", "augmix")
+from cnnray.options import DEFAULT_LIMITS, Augmentation, DecodeLimits
 
 _generator_lock = threading.Lock()
 """Two threads that share torch's default generator would take each other's numbers."""
 
 
-@dataclass(frozen=True, slots=True)
-class Augmentation:
-    """What may happen to a training image, in this order. All off by default.
-
-    ``crop``: ``center``, as in evaluation; ``random_resized``: a window of ``scale_min`` to 1 of
-    the area and an aspect of up to ``ratio_max`` either way, resized (Inception crop);
-    ``random_pad``: as in evaluation, then ``pad`` mirrored pixels round it and a random window.
-    ``flip``, ``vertical_flip``: probabilities. ``rotation``: up to so many degrees either way.
-    ``policy``: ``randaugment`` (``policy_ops`` operations of strength ``policy_magnitude``, 0 to
-    30; arXiv:1909.13719), ``trivialaugment`` (wide; arXiv:2103.10158) or ``augmix`` (mixed with
-    three chains of operations of severity ``policy_magnitude`` / 3; arXiv:1912.02781, without its
-    consistency loss).
-    ``color_jitter``: brightness, contrast and saturation by a factor of up to 1 plus or minus this
-    and hue by a quarter of it (in turns); grey images keep saturation and hue as they are.
-    ``erasing``: the probability that a rectangle is erased (arXiv:1708.04896).
-    What is uncovered or erased gets the mean colour: zero after normalisation.
-    Raises ``ValueError``.
-    """
-
-    crop: str = "center"
-    scale_min: float = 0.35
-    ratio_max: float = 4 / 3
-    pad: int = 0
-    flip: float = 0.0
-    vertical_flip: float = 0.0
-    rotation: float = 0.0
-    policy: str = "none"
-    policy_magnitude: int = 9
-    policy_ops: int = 2
-    color_jitter: float = 0.0
-    erasing: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("crop", CROPS), ("policy", POLICIES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
-        for name, low, high in (
-            ("scale_min", 0.0, 1.0),
-            ("ratio_max", 1.0, 100.0),
-            ("pad", 0, 1024),
-            ("flip", 0.0, 1.0),
-            ("vertical_flip", 0.0, 1.0),
-            ("rotation", 0.0, 180.0),
-            ("policy_magnitude", 0, 30),
-            ("policy_ops", 1, 16),
-            ("color_jitter", 0.0, 1.0),
-            ("erasing", 0.0, 1.0),
-        ):
-            if not low <= getattr(self, name) <= high:  # also refuses NaN
-                raise ValueError(f"{name} must be from {low} to {high}, got {getattr(self, name)}")
-        if self.scale_min == 0:
-            raise ValueError("scale_min must be positive")
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether training images are those of evaluation."""
-        chances = (self.flip, self.vertical_flip, self.rotation, self.color_jitter, self.erasing)
-        return self.crop == "center" and self.policy == "none" and not any(chances)
-
-
 class TrainTransform:
     """Decode, fit and augment: what training feeds a model.
 
-    Raises ``ValueError`` when ``pad`` is not smaller than the image.
+    Raises ``SettingsError`` when ``pad`` is not smaller than the image.
     """
 
     def __init__(
@@ -111,7 +47,10 @@ class TrainTransform:
         self.limits = limits
         size, pad = preprocessing.size, augmentation.pad
         if augmentation.crop == "random_pad" and pad >= size:  # only so many can be mirrored
-            raise ValueError(f"pad must be smaller than the image, got {pad} for size {size}")
+            raise SettingsError(
+                f"augment.pad {pad} is not smaller than the image, {size} px",
+                hint="lower --augment.pad or raise --image.size",
+            )
         self._window = _build_window(preprocessing, augmentation)
         self._steps = _build_steps(preprocessing, augmentation)
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Protocol
 
 import numpy as np
 import simplejpeg
@@ -29,9 +30,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from cnnray.errors import ImageError
+from cnnray.errors import MAX_ERROR_DETAIL, ImageError
 from cnnray.images.containers import Container, check_pixels, read_container
-from cnnray.schema import MAX_ERROR_DETAIL
 
 # Image.open would add nothing but a warning for big images, which one thread cannot silence
 # without silencing all; the readers themselves do not warn, and containers checks the size.
@@ -58,19 +58,25 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 _GREY_MODES = frozenset(("1", "L", "LA", "I;16", "I;16B", "I"))
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeLimits:
-    """What one image may cost at most; ``max_pixels`` is checked before anything is allocated."""
+class Limits(Protocol):
+    """What one image may cost at most: that is ``cnnray.options.DecodeLimits``.
 
-    max_pixels: int = 50_000_000
-    max_bytes: int = 32 * 1024 * 1024
+    A protocol, since pydantic would nearly double what it takes to start a process that decodes.
+    """
 
-    def __post_init__(self) -> None:
-        if self.max_pixels < 1 or self.max_bytes < 1:
-            raise ValueError(f"limits must be positive, got {self}")
+    @property
+    def max_pixels(self) -> int:
+        """Width times height."""
+
+    @property
+    def max_bytes(self) -> int:
+        """Of the file."""
 
 
-DEFAULT_LIMITS = DecodeLimits()
+def _default_limits() -> Limits:
+    from cnnray.options import DEFAULT_LIMITS
+
+    return DEFAULT_LIMITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +96,19 @@ def decode_image(
     data: bytes,
     *,
     channels: int = 3,
-    limits: DecodeLimits = DEFAULT_LIMITS,
+    limits: Limits | None = None,
     min_side: int | None = None,
 ) -> Decoded:
     """Decode the first frame to RGB (3 channels) or to luma (1 channel, ITU-R 601-2).
 
     With ``min_side``, a large image may come reduced by 2, 4 or 8, its short side not below that
     many pixels: a JPEG decoder then computes no more of it than that.
-    Raises ``ImageError`` with a code of ``cnnray.schema.IMAGE_ERROR_CODES``, and nothing else for
+    Raises ``ImageError`` with a code of ``cnnray.errors.IMAGE_ERROR_CODES``, and nothing else for
     any bytes: ``truncated`` when the file ends early, ``corrupt`` for other damage.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
+    limits = limits or _default_limits()
     if len(data) > limits.max_bytes:
         raise ImageError("too_large", f"{len(data)} bytes, the limit is {limits.max_bytes}")
     container = read_container(data, max_pixels=limits.max_pixels)
@@ -148,7 +155,7 @@ def _reduction(side: int, min_side: int | None) -> int:
     return next((factor for factor in (8, 4, 2) if side >= factor * min_side), 1)
 
 
-def _decode(container: Container, *, channels: int, limits: DecodeLimits) -> Decoded:
+def _decode(container: Container, *, channels: int, limits: Limits) -> Decoded:
     """Any accepted file as it is stored. Raises whatever Pillow does."""
     image = _READERS[container.format](BytesIO(container.data))
     check_pixels(*image.size, max_pixels=limits.max_pixels)

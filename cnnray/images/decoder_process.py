@@ -26,10 +26,10 @@ import struct
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from cnnray.errors import ImageError
-from cnnray.images.decode import Decoded, DecodeLimits, decode_image
-from cnnray.schema import IMAGE_ERROR_CODES, MAX_ERROR_DETAIL
+from cnnray.errors import IMAGE_ERROR_CODES, MAX_ERROR_DETAIL, ImageError
+from cnnray.images.decode import Decoded, decode_image
 
 REQUEST = struct.Struct("<Q")
 REPLY = struct.Struct("<BIIIII")
@@ -41,11 +41,18 @@ OUT_OF_MEMORY = 12
 """Exit status of a process that reached its limit of memory."""
 
 
+class _Limits(NamedTuple):
+    """As they were checked by the process that has sent them."""
+
+    max_pixels: int
+    max_bytes: int
+
+
 def main(arguments: Sequence[str]) -> None:
     """Serve the socket that is standard input until its other end is closed."""
     channels, min_side, max_pixels, max_bytes, memory_bytes = map(int, arguments[:5])
     _limit_process(memory_bytes)
-    limits = DecodeLimits(max_pixels=max_pixels, max_bytes=max_bytes)
+    limits = _Limits(max_pixels=max_pixels, max_bytes=max_bytes)
     decode = functools.partial(
         decode_image, channels=channels, limits=limits, min_side=min_side or None
     )

@@ -23,11 +23,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from cnnray.errors import CnnrayError, ImageError
+from cnnray.errors import DECODER_ERROR_CODES, IMAGE_ERROR_CODES, CnnrayError, ImageError
 from cnnray.images import decoder_process
-from cnnray.images.decode import Decoded, DecodeLimits, decode_image
+from cnnray.images.decode import Decoded, decode_image
 from cnnray.images.decoder_process import PIXELS, READY, REFUSAL, REPLY, REQUEST
-from cnnray.schema import DECODER_ERROR_CODES, IMAGE_ERROR_CODES
+from cnnray.options import DecodeLimits
 
 DEFAULT_SECONDS = 30.0
 DEFAULT_MEMORY_BYTES = 4 * 1024**3

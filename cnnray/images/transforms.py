@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cnnray.images.decode import DEFAULT_LIMITS, DecodeLimits, decode_image
+from cnnray.images.decode import decode_image
+from cnnray.options import DEFAULT_LIMITS, DecodeLimits
 
 INTERPOLATIONS = ("bilinear", "bicubic")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,6 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from cnnray.datasets.sources import Source
 from cnnray.images.transforms import as_tensor
 from cnnray.labeling.decoding import Sample, SampleDecoder, images_of
 from cnnray.labeling.plan import LabelPlan
@@ -42,21 +41,18 @@ class Agreement:
 
 def sample_plan(plan: LabelPlan, size: int) -> pa.Table:
     """Inputs from all over a plan (``PLAN_SCHEMA``), ``size`` at most; the same ones every time."""
-    parts = _spread(plan.num_parts, min(size, SAMPLE_PARTS))
+    parts = spread(plan.num_parts, min(size, SAMPLE_PARTS))
     each = size // max(1, len(parts))
-    tables = [
-        planned.take(_spread(planned.num_rows, each)) for _, planned in plan.read_parts(parts)
-    ]
+    tables = [planned.take(spread(planned.num_rows, each)) for _, planned in plan.read_parts(parts)]
     return pa.concat_tables([PLAN_SCHEMA.empty_table(), *tables])
 
 
-def read_images(source: Source, entries: pa.Table, decoder: SampleDecoder) -> Tensor:
-    """The images of some inputs as a model takes them, (N, C, S, S) uint8; bad ones are left out.
+def decode_good(samples: Sequence[Sample], decoder: SampleDecoder) -> Tensor:
+    """The images of some samples as a model takes them, (N, C, S, S) uint8; bad ones are left out.
 
     Raises ``UnavailableError`` and ``AccessDeniedError``: no image is at fault.
     """
-    keys, etags = entries["key"].to_pylist(), entries["etag"].to_pylist()
-    decoded = decoder.decode([*map(Sample, keys, etags, source.read(entries))])
+    decoded = decoder.decode(samples)
     is_good = decoded["error_code"].is_null().to_numpy()
     images = images_of(decoded, decoder.preprocessing)[is_good]
     return as_tensor(images).permute(0, 3, 1, 2)
@@ -76,7 +72,7 @@ def _labels(engine: Engine, images: Tensor) -> Tensor:
     return logits.argmax(dim=1).cpu()
 
 
-def _spread(number: int, count: int) -> list[int]:
+def spread(number: int, count: int) -> list[int]:
     """``count`` of the numbers below ``number``, evenly; all of them where there are fewer."""
     chosen: Iterable[int] = np.linspace(0, number - 1, min(number, count)).astype(int)
     return [int(place) for place in chosen]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from cnnray.errors import (
+    MAX_ERROR_DETAIL,
     AccessDeniedError,
     ChangedObjectError,
     ImageError,
@@ -18,10 +18,10 @@ from cnnray.errors import (
     StorageError,
     UnavailableError,
 )
-from cnnray.images.decode import DEFAULT_LIMITS, DecodeLimits
-from cnnray.images.isolation import DEFAULT_SECONDS, Decode, IsolatedDecoder, guarded_decoder
+from cnnray.images.isolation import DEFAULT_SECONDS, Decode
+from cnnray.images.safe_decoder import SafeDecoder
 from cnnray.images.transforms import Preprocessing, fit_view, min_side
-from cnnray.schema import MAX_ERROR_DETAIL
+from cnnray.options import DEFAULT_LIMITS, DecodeLimits
 
 FACTS_SCHEMA = pa.schema(
     [
@@ -61,18 +61,17 @@ class SampleDecoder:
         decode_seconds: float = DEFAULT_SECONDS,
     ) -> None:
         self.preprocessing = preprocessing
-        self.decoding: dict[str, Any] = {
-            "channels": preprocessing.channels,
-            "limits": limits,
-            "min_side": min_side(preprocessing),
-            "seconds": decode_seconds,
-        }
-        self.isolated = IsolatedDecoder(**self.decoding) if careful else None
+        self.safe = SafeDecoder(
+            careful=careful,
+            channels=preprocessing.channels,
+            limits=limits,
+            min_side=min_side(preprocessing),
+            seconds=decode_seconds,
+        )
 
     def close(self) -> None:
         """End the decoder's process, if there is one."""
-        if self.isolated is not None:
-            self.isolated.close()
+        self.safe.close()
 
     def decode(self, samples: Sequence[Sample]) -> pa.Table:
         """A row for each sample: ``FACTS_SCHEMA`` and its ``image``, size x size x channels bytes.
@@ -82,19 +81,24 @@ class SampleDecoder:
         """
         size, channels = self.preprocessing.size, self.preprocessing.channels
         images = np.zeros((len(samples), size, size, channels), np.uint8)
-        with self._decoder() as decode:
+        with self.safe.batch() as decode:
             facts = [
                 {"key": sample.key, "etag": sample.etag, **self._decode(sample.data, decode, image)}
                 for sample, image in zip(samples, images, strict=True)
             ]
-        cell = pa.binary(size * size * channels)
-        pixels = pa.Array.from_buffers(cell, len(samples), [None, pa.py_buffer(images)])
-        return pa.Table.from_pylist(facts, FACTS_SCHEMA).append_column("image", pixels)
+        return _decoded_table(facts, images)
 
-    def _decoder(self) -> AbstractContextManager[Decode]:
-        if self.isolated is not None:
-            return nullcontext(self.isolated.decode)
-        return guarded_decoder(**self.decoding)
+    def fit(self, pictures: Sequence[np.ndarray[Any, Any]]) -> pa.Table:
+        """The same rows for pixels, (H, W, C) uint8 of any size, without key and etag."""
+        size, channels = self.preprocessing.size, self.preprocessing.channels
+        images = np.zeros((len(pictures), size, size, channels), np.uint8)
+        facts: list[dict[str, Any]] = []
+        for picture, image in zip(pictures, images, strict=True):
+            fitted = fit_view(picture, preprocessing=self.preprocessing)  # (C, H, W)
+            image[...] = np.moveaxis(fitted, 0, 2)
+            height, width = picture.shape[:2]
+            facts.append({"key": "", "etag": "", "width": width, "height": height})
+        return _decoded_table(facts, images)
 
     def _decode(
         self, data: bytes | StorageError, decode: Decode, image: np.ndarray[Any, Any]
@@ -107,6 +111,13 @@ class SampleDecoder:
         fitted = fit_view(decoded.pixels, preprocessing=self.preprocessing)  # (C, H, W)
         image[...] = np.moveaxis(fitted, 0, 2)
         return {"width": decoded.width, "height": decoded.height}
+
+
+def _decoded_table(facts: Sequence[dict[str, Any]], images: np.ndarray[Any, Any]) -> pa.Table:
+    """Facts with their images, (N, H, W, C) uint8, whose memory is shared."""
+    cell = pa.binary(int(np.prod(images.shape[1:])))
+    pixels = pa.Array.from_buffers(cell, len(images), [None, pa.py_buffer(images)])
+    return pa.Table.from_pylist(list(facts), FACTS_SCHEMA).append_column("image", pixels)
 
 
 def images_of(decoded: pa.Table, preprocessing: Preprocessing) -> np.ndarray[Any, Any]:

@@ -1,21 +1,31 @@
-"""Encoded images in, label rows out: one row an image, whatever its bytes."""
+"""Encoded images in, rows of answers out: one row an image, whatever its bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
+from typing import Protocol
 
 import pyarrow as pa
 
 from cnnray.labeling.decoding import Sample, SampleDecoder
-from cnnray.labeling.prediction import Predictor
-from cnnray.schema import labels_schema
+
+
+class RowPredictor(Protocol):
+    """Answers for decoded rows, ``batch_size`` images at a time."""
+
+    @property
+    def batch_size(self) -> int:
+        """Images of one forward pass, at most."""
+
+    def predict(self, decoded: pa.Table) -> pa.Table:
+        """A row for each row of ``SampleDecoder.decode``, in their order; the bad ones, too."""
 
 
 class Labeler:
     """Decodes and predicts in one process, batch by batch: few pixels are held at a time."""
 
-    def __init__(self, decoder: SampleDecoder, predictor: Predictor) -> None:
+    def __init__(self, decoder: SampleDecoder, predictor: RowPredictor) -> None:
         self.decoder = decoder
         self.predictor = predictor
 
@@ -23,14 +33,27 @@ class Labeler:
         """End the decoder's process, if there is one."""
         self.decoder.close()
 
-    def label(self, samples: Iterable[Sample]) -> pa.Table:
-        """Rows of ``labels_schema`` in the order of the samples.
+    def label(self, samples: Iterable[Sample], beside: pa.Table | None = None) -> pa.Table:
+        """The predictor's rows in the order of the samples.
 
-        Raises ``UnavailableError`` and ``AccessDeniedError`` of a sample: no image is at fault.
+        ``beside``: a row for each sample, with columns that the predictor finds beside the decoded
+        ones. Raises ``UnavailableError`` and ``AccessDeniedError`` of a sample: no image is at
+        fault.
         """
-        schema = labels_schema(embeddings=self.predictor.engine.embeddings)
-        tables = [schema.empty_table()]
         iterator = iter(samples)
-        while batch := list(islice(iterator, self.predictor.batch_size)):
-            tables.append(self.predictor.predict(self.decoder.decode(batch)))
+        tables: list[pa.Table] = []
+        done = 0
+        while (batch := list(islice(iterator, self.predictor.batch_size))) or not tables:
+            decoded = self.decoder.decode(batch)
+            if beside is not None:
+                decoded = with_columns(decoded, beside.slice(done, len(batch)), beside.column_names)
+            tables.append(self.predictor.predict(decoded))
+            done += len(batch)
         return pa.concat_tables(tables)
+
+
+def with_columns(rows: pa.Table, others: pa.Table, names: Sequence[str]) -> pa.Table:
+    """Rows with some columns of as many others."""
+    for name in names:
+        rows = rows.append_column(name, others[name])
+    return rows

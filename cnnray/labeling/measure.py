@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -19,7 +18,6 @@ import torch
 from cnnray.datasets.sources import Source
 from cnnray.errors import DataError, ImageError, StorageError
 from cnnray.images.decode import Decoded
-from cnnray.images.isolation import IsolatedDecoder, guarded_decoder
 from cnnray.images.transforms import as_tensor
 from cnnray.labeling.decoding import Sample, SampleDecoder, images_of
 from cnnray.labeling.forecast import StageTimes
@@ -150,8 +148,8 @@ def _read(source: Source, entries: pa.Table) -> tuple[list[Sample], float, float
 
 def _decodable(samples: Sequence[Sample], decoder: SampleDecoder) -> list[Sample]:
     """The samples that a decoder gets through, in a process that they may end."""
-    with closing(IsolatedDecoder(**decoder.decoding)) as isolated:
-        return [sample for sample in samples if _decode(isolated.decode, sample.data) is not None]
+    with decoder.safe.as_careful() as careful, careful.batch() as decode:
+        return [sample for sample in samples if _decode(decode, sample.data) is not None]
 
 
 def _decode(decode: Callable[[bytes], Decoded], data: bytes | StorageError) -> Decoded | None:
@@ -171,7 +169,7 @@ def _lap(
 ) -> Lap:
     """The worker's own functions: resizing is what its decoder takes beyond decoding alone."""
     both, decoded = _timed(lambda: decoder.decode(batch))
-    with guarded_decoder(**decoder.decoding) as decode:
+    with decoder.safe.batch() as decode:
         decoding, _ = _timed(lambda: [decode(_bytes(sample)) for sample in batch])
     transfer = 0.0
     if device.type == "cuda":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from cnnray.images.transforms import as_tensor
+from cnnray.images.transforms import Preprocessing, as_tensor
 from cnnray.labeling.decoding import images_of
 from cnnray.models.bundle import BundleSpec
 from cnnray.models.engines import Engine
@@ -43,8 +43,8 @@ class Predictor:
             "model": pa.repeat(pa.scalar(self.digest), decoded.num_rows),
         }
         if is_good.any():
-            place = pa.array(np.cumsum(is_good) - 1, pa.int32(), mask=~is_good)
-            answers = self._answers(self._infer(decoded, np.flatnonzero(is_good)))
+            place = places_of(is_good)
+            answers = self._answers(self._infer(decoded))
             columns |= {name: answer.take(place) for name, answer in answers.items()}
         schema = labels_schema(embeddings=self.engine.embeddings)
         nothing = pa.nulls(decoded.num_rows)
@@ -52,17 +52,12 @@ class Predictor:
             [columns.get(field.name, nothing).cast(field.type) for field in schema], schema=schema
         )
 
-    def _infer(self, decoded: pa.Table, good: np.ndarray[Any, Any]) -> Sequence[np.ndarray]:
+    def _infer(self, decoded: pa.Table) -> Sequence[np.ndarray]:
         """Of the good rows: probabilities (N, top_k), their indices, and features (N, D) if any."""
-        images = images_of(decoded, self.spec.preprocessing)
-        batches = []
-        for start in range(0, len(good), self.batch_size):
-            chosen = good[start : start + self.batch_size]
-            is_run = chosen[-1] - chosen[0] + 1 == len(chosen)
-            batch = images[chosen[0] : chosen[-1] + 1] if is_run else images[chosen]
-            batches.append(self._infer_batch(as_tensor(batch).permute(0, 3, 1, 2)))
+        batches = good_batches(decoded, self.spec.preprocessing, batch_size=self.batch_size)
+        answers = [self._infer_batch(batch) for batch in batches]
         # A GPU has all of them to do by now; only here is it waited for.
-        return [torch.cat(parts).cpu().numpy() for parts in zip(*batches, strict=True)]
+        return [torch.cat(parts).cpu().numpy() for parts in zip(*answers, strict=True)]
 
     def _infer_batch(self, images: Tensor) -> Sequence[Tensor]:
         logits, features = self.engine(images)
@@ -85,6 +80,24 @@ class Predictor:
         for vectors in features:
             answers["embedding"] = _lists(pa.array(vectors.ravel(), pa.float16()), vectors.shape[1])
         return answers
+
+
+def good_batches(
+    decoded: pa.Table, preprocessing: Preprocessing, *, batch_size: int
+) -> Iterator[Tensor]:
+    """The images of decoded rows that have one, (B, C, H, W) uint8, ``batch_size`` at most."""
+    good = np.flatnonzero(decoded["error_code"].is_null().to_numpy())
+    images = images_of(decoded, preprocessing)
+    for start in range(0, len(good), batch_size):
+        chosen = good[start : start + batch_size]
+        is_run = chosen[-1] - chosen[0] + 1 == len(chosen)
+        batch = images[chosen[0] : chosen[-1] + 1] if is_run else images[chosen]
+        yield as_tensor(batch).permute(0, 3, 1, 2)
+
+
+def places_of(is_good: np.ndarray[Any, Any]) -> pa.Array:
+    """Where the answer of each row is among those of the good rows; null of the others."""
+    return pa.array(np.cumsum(is_good) - 1, pa.int32(), mask=~is_good)
 
 
 def _lists(values: pa.Array, size: int) -> pa.ListArray:

@@ -44,8 +44,9 @@ def plan_units(
     for part in parts:
         start, end = 0, plan.rows_of(part)
         while start < end:
-            is_edge = done < edge or done >= total - edge
-            stop = min(end, start + (chunk_rows if is_edge else large))
+            before_last = total - edge - done  # rows until the small units of the end
+            size = chunk_rows if done < edge or before_last <= 0 else min(large, before_last)
+            stop = min(end, start + size)
             units.append(PlanUnit(part, start, stop))
             done += stop - start
             start = stop

@@ -38,9 +38,18 @@ class Normalize(nn.Module):
             )
         pixels = images.to(torch.float32, copy=True)  # uint8 until here: 4x less to ship
         mean, std = self.mean, self.std
-        if pixels.device.type == "cpu" and pixels.is_contiguous(memory_format=torch.channels_last):
+        if _is_interleaved(pixels):
             mean, std = (_row(values, width=pixels.shape[3]) for values in (mean, std))
         return pixels.div_(255).sub_(mean).div_(std)  # in place: fresh memory costs as much again
+
+
+def _is_interleaved(pixels: Tensor) -> bool:
+    """Whether channels lie side by side, where that matters: one channel does in any format."""
+    return (
+        pixels.shape[1] > 1
+        and pixels.device.type == "cpu"
+        and pixels.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def _row(values: Tensor, *, width: int) -> Tensor:

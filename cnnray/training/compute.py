@@ -37,10 +37,10 @@ class Precision:
 
     def forward(self, model: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
         """(B, K) float32 logits of (B, C, H, W) images."""
-        is_lower = self.dtype is not torch.float32
-        with torch.autocast(self.device_type, self.dtype, enabled=is_lower):
-            logits: Tensor = model(image)
-        return logits.float()
+        if self.dtype is torch.float32:
+            return model(image).float()
+        with torch.autocast(self.device_type, self.dtype):
+            return model(image).float()
 
     @property
     def is_hopeless(self) -> bool:

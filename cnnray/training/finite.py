@@ -41,15 +41,15 @@ class LossWatch:
 
     def add(self, step: int, batch: Batch, losses: Tensor) -> None:
         """Take note of this rank's part of a step, ``losses`` (B,) in the order of the batch."""
-        self.recent.append((step, batch["key"], losses.isfinite()))
+        self.recent.append((step, batch["key"], losses))
 
     def failure(self, ranks: Ranks) -> NonFiniteLossError:
         """The first step whose loss is not finite, and its samples; the same on every rank."""
-        bad_here = torch.stack([(~finite).sum() for _, _, finite in self.recent])
+        bad_here = torch.stack([(~losses.isfinite()).sum() for _, _, losses in self.recent])
         bad = ranks.reduce(bad_here.double())  # (steps,)
         first = int((bad > 0).int().argmax())
-        step, keys, finite = self.recent[first]
-        culprits = keys[~finite.cpu().numpy()][:MAX_KEYS]
+        step, keys, losses = self.recent[first]
+        culprits = keys[~losses.isfinite().cpu().numpy()][:MAX_KEYS]
         named = share_lines([_shown(str(key)) for key in culprits], ranks, device=bad.device)
         count = int(bad[first])
         named = named[:MAX_KEYS] + ["…"] * (count > MAX_KEYS)

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from cnnray.datasets.order import Batch
 from cnnray.errors import NonFiniteLossError
 from cnnray.training.compute import Precision, share_buffers
+from cnnray.training.counts import Counts, Pass
 from cnnray.training.distillation import Distillation
 from cnnray.training.finite import HINT, LossWatch, Ranks, Reduce
 from cnnray.training.freezing import FrozenEpochs
@@ -200,9 +201,8 @@ def _train_epoch(
 ) -> Generator[Place, None, Tally]:
     """The steps from ``begin`` on; yields where a checkpoint is due, returns the epoch's tally."""
     trainer.model.train()
-    sums = torch.zeros(3, dtype=torch.float64, device=trainer.device)
-    if ranks.rank == 0:  # one rank carries on what all had counted
-        sums += sums.new_tensor(astuple(begin.tally))
+    # One rank carries on what all had counted.
+    counts = Counts(begin.tally if ranks.rank == 0 else Tally())
     watch = LossWatch(steps=FINITE_CHECK_STEPS)
     pace = Pace(trainer.step, seconds=LOOK_SECONDS, most=FINITE_CHECK_STEPS)
     stride = 1  # steps from one look to the next
@@ -214,26 +214,26 @@ def _train_epoch(
         # DDP averages the gradients of the ranks: with this divisor the average is the gradient of
         # the mean over the global batch, also where ranks hold unequal parts of it.
         divisor = float(global_batch_size) / ranks.num_workers
-        step_sums, losses = _train_step(trainer, batch, divisor=divisor)
-        sums += step_sums
+        passes, losses = _train_step(trainer, batch, divisor=divisor)
+        counts.add(passes)
         watch.add(trainer.step, batch, losses)
-        meter.step(int(global_batch_size), sums=sums)
+        meter.step(int(global_batch_size), sums=counts)
         is_due = cadence.every_steps > 0 and trainer.step % cadence.every_steps == 0
         # By count, not by time: all ranks must agree.
         is_looked = trainer.step % stride == 0
         if (is_due or is_looked) and step + 1 < len(data.global_batch_sizes):
             is_wished = is_due or cadence.is_wished()
             tally, is_due, stride = _agree(
-                trainer, sums, is_wished=is_wished, pace=pace, watch=watch, ranks=ranks
+                trainer, counts, is_wished=is_wished, pace=pace, watch=watch, ranks=ranks
             )
             if is_due:
                 yield Place(begin.epoch, step + 1, tally)
-    tally, *_ = _agree(trainer, sums, is_wished=True, pace=pace, watch=watch, ranks=ranks)
+    tally, *_ = _agree(trainer, counts, is_wished=True, pace=pace, watch=watch, ranks=ranks)
     return tally
 
 
 def _agree(
-    trainer: Trainer, sums: Tensor, *, is_wished: bool, pace: Pace, watch: LossWatch, ranks: Ranks
+    trainer: Trainer, own: Counts, *, is_wished: bool, pace: Pace, watch: LossWatch, ranks: Ranks
 ) -> tuple[Tally, bool, int]:
     """The sums over all ranks, whether one wishes a checkpoint, the steps until the next look.
 
@@ -243,8 +243,9 @@ def _agree(
     """
     spoilt = not _has_finite_weights(trainer)  # of what this rank has of them
     stride = pace.look(trainer.step) if ranks.rank == 0 else 0
-    told = sums.new_tensor([float(is_wished), float(spoilt), float(stride)])
-    *counts, wishes, spoilt_ranks, stride = ranks.reduce(torch.cat([sums, told])).tolist()
+    numbers = [*own.tolist(), float(is_wished), float(spoilt), float(stride)]
+    told = torch.tensor(numbers, dtype=torch.float64, device=trainer.device)
+    *counts, wishes, spoilt_ranks, stride = ranks.reduce(told).tolist()
     if not math.isfinite(counts[0]):
         raise watch.failure(ranks)
     if spoilt_ranks:
@@ -262,17 +263,19 @@ def _has_finite_weights(trainer: Trainer) -> bool:
     return bool(torch.stack([weight.isfinite().all() for weight in weights]).all())
 
 
-def _train_step(trainer: Trainer, batch: Batch, *, divisor: float) -> tuple[Tensor, Tensor]:
-    """One optimizer update; returns (loss sum, correct, samples) and the losses (B,) of this rank.
+def _train_step(trainer: Trainer, batch: Batch, *, divisor: float) -> tuple[Sequence[Pass], Tensor]:
+    """One optimizer update; returns what to count of it, and what it minimised (B,).
 
-    They are of its samples, before the update. A step whose gradients the scaler finds infinite
-    counts as any other, though the weights stay: the order and the schedule do not depend on it.
+    Both are of this rank's samples, before the update. A step whose gradients the scaler finds
+    infinite counts as any other, though the weights stay: the order and the schedule do not depend
+    on it.
     """
     lr = trainer.learning_rate(trainer.step)
     for group in trainer.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-    trainer.optimizer.zero_grad(set_to_none=True)
-    sums, losses = _add_gradients(trainer, batch, divisor=divisor)
+        for parameter in group["params"]:  # as zero_grad does, which takes ten times as long
+            parameter.grad = None
+    passes, losses = _add_gradients(trainer, batch, divisor=divisor)
     if trainer.freeze is not None:
         trainer.freeze.drop_gradients()
     scaler = trainer.precision.scaler
@@ -284,31 +287,39 @@ def _train_step(trainer: Trainer, batch: Batch, *, divisor: float) -> tuple[Tens
     if trainer.average is not None:
         trainer.average.update_parameters(trainer.trained)
     trainer.step += 1
-    return sums, losses
+    return passes, losses
 
 
-def _add_gradients(trainer: Trainer, batch: Batch, *, divisor: float) -> tuple[Tensor, Tensor]:
+def _add_gradients(
+    trainer: Trainer, batch: Batch, *, divisor: float
+) -> tuple[Sequence[Pass], Tensor]:
     """Forward and backward in as many passes as memory asks for; DDP averages in the last."""
     image, label = _to_device(batch, trainer.device)
     if trainer.transform is not None:
         image, label = trainer.transform(image, label, trainer.step)  # or (B, K) targets
-    passes = max(1, min(trainer.accumulate_steps, len(label)))
-    pieces = zip(image.tensor_split(passes), label.tensor_split(passes), strict=True)
+    pieces = _cut(image, label, passes=max(1, min(trainer.accumulate_steps, len(label))))
     alone = getattr(trainer.model, "no_sync", nullcontext)
-    sums = torch.zeros(3, dtype=torch.float64, device=trainer.device)
+    passes: list[Pass] = []
     seen: list[Tensor] = []
     for number, (image, label) in enumerate(pieces, 1):
-        with alone() if number < passes else nullcontext():
+        with alone() if number < len(pieces) else nullcontext():
             logits = trainer.precision.forward(trainer.model, image)  # (B, K)
             losses = trainer.loss(logits, label)  # (B,)
             minimised = losses  # what is counted stays comparable to validation
             if trainer.distillation is not None:
                 minimised = trainer.distillation(losses, logits, image)
-            total = trainer.precision.scaler.scale(minimised.sum() / divisor)
-            total.backward()  # type: ignore[no-untyped-call]
+            # The gradient of the sum over the divisor, which need not be computed itself.
+            weights = trainer.precision.scaler.scale(torch.ones_like(minimised).div_(divisor))
+            minimised.backward(weights)  # type: ignore[no-untyped-call]
         seen.append(minimised.detach())
-        sums += _count(logits.detach(), losses.detach(), label)
-    return sums, torch.cat(seen)
+        passes.append((losses.detach(), _hits(logits.detach(), label)))
+    return passes, seen[0] if len(seen) == 1 else torch.cat(seen)
+
+
+def _cut(image: Tensor, label: Tensor, *, passes: int) -> Sequence[tuple[Tensor, Tensor]]:
+    if passes == 1:
+        return [(image, label)]
+    return list(zip(image.tensor_split(passes), label.tensor_split(passes), strict=True))
 
 
 def evaluate(trainer: Trainer, batches: Iterable[Batch], *, reduce: Reduce) -> Tally:
@@ -324,10 +335,15 @@ def evaluate(trainer: Trainer, batches: Iterable[Batch], *, reduce: Reduce) -> T
 
 
 def _count(logits: Tensor, losses: Tensor, target: Tensor) -> Tensor:
-    label = target if target.ndim == 1 else target.argmax(dim=1)  # the larger part of a mixture
-    correct = (logits.argmax(dim=1) == label).sum()
-    samples = torch.tensor(float(len(label)), dtype=torch.float64, device=logits.device)
+    correct = _hits(logits, target).sum()
+    samples = torch.tensor(float(len(target)), dtype=torch.float64, device=logits.device)
     return torch.stack([losses.double().sum(), correct.double(), samples])
+
+
+def _hits(logits: Tensor, target: Tensor) -> Tensor:
+    """(B,) whether the label has the highest logit."""
+    label = target if target.ndim == 1 else target.argmax(dim=1)  # the larger part of a mixture
+    return logits.argmax(dim=1) == label
 
 
 def _to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:

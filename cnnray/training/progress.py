@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import Protocol
 
 from cnnray.datasets.order import Batch
 
@@ -33,6 +32,13 @@ class Beginning:
     num_workers: int
     epoch: int
     step: int
+
+
+class Sums(Protocol):
+    """Numbers that are read rarely, such as a tensor."""
+
+    def tolist(self) -> list[float]:
+        """The numbers as they are now."""
 
 
 class Meter:
@@ -69,7 +75,7 @@ class Meter:
                 return
             yield batch
 
-    def step(self, global_batch_size: int, *, sums: Tensor) -> None:
+    def step(self, global_batch_size: int, *, sums: Sums) -> None:
         """Count a step; ``sums`` are this rank's (loss sum, correct, samples) of the epoch."""
         self.steps_done += 1
         self.samples_done += global_batch_size

@@ -83,7 +83,7 @@ def parse_space(text: str, *, where: str) -> Space:
     """The space that a YAML text describes. Raises ``SettingsError``, which names ``where``."""
     try:
         document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of dates, of nesting
         raise SettingsError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict) or not document:
         raise SettingsError(f"{where}: a space is 'setting: values' lines", hint=EXAMPLE)

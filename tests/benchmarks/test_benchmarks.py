@@ -39,6 +39,7 @@ BENCHMARKS = (
     "train_tutorial",
     "train_photos",
     "growth",
+    "step_overhead",
 )
 COLUMNS = (Column("rate", "img/s", 1),)
 
@@ -345,6 +346,20 @@ def test_a_process_is_watched_while_it_runs():
     code = "import time; time.sleep(0.5)"
     processes.run_process(python(code), seconds=30, watch=lambda process: seen.append(process.pid))
     assert len(set(seen)) == 1
+
+
+# A small training step
+
+
+def test_the_step_overhead_is_measured_in_turn_with_the_loops(capsys):
+    flags = ["--short", "--repeats=2", "--images=96", "--size=10", "--threads=1"]
+    assert importlib.import_module("benchmarks.step_overhead").main(flags) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(document["contestants"]) == {"cnnray", "loop", "loop, fused Adam"}
+    for figures in document["contestants"].values():
+        assert len(figures["samples_per_second"]["runs"]) == 2
+        assert 0 < figures["trainer_step_us"]["median"] <= figures["cpu_step_us"]["median"] * 1.01
+    assert len(document["ratios"]) == 4
 
 
 # Collection

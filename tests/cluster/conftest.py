@@ -16,6 +16,9 @@ from PIL import Image
 from cnnray.config import ClassifySettings, EvaluateSettings, PackSettings, TrainSettings
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 190, 60), "red": (210, 40, 50)}
+ROOT = Path(__file__).parents[2]
+POISON = ROOT / "tests/images/poison"
+"""With this folder on PYTHONPATH, images may harm their decoder."""
 CLUSTER = {"stall_seconds": 120.0, "progress_seconds": 2.0}
 
 HOSTILE = {
@@ -64,6 +67,16 @@ def write_hostile(folder: Path) -> dict[str, str]:
     return codes | {"truncated.jpg": "truncated"}
 
 
+def write_poison(folder: Path) -> dict[str, str]:
+    """An image of each kind that harms its decoder; the code expected of each, by file name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    codes = {"abort": "decoder_crash", "spin": "decoder_timeout", "bloat": "decoder_oom"}
+    for action in codes:
+        poison = f"cnnray-poison:{action};".encode()  # see tests/images/poison
+        (folder / f"{action}.png").write_bytes(paint("red", 9) + poison)
+    return {f"{action}.png": code for action, code in codes.items()}
+
+
 @pytest.fixture(scope="session")
 def ray_session(seaweed: Any) -> Iterator[None]:
     """The Ray of all tests; its workers see the S3 server, because it was started first."""
@@ -71,6 +84,7 @@ def ray_session(seaweed: Any) -> Iterator[None]:
 
     # No token is left in the home folder; workers are not starved on a busy machine.
     values = {
+        "PYTHONPATH": f"{POISON}{os.pathsep}{ROOT}",
         "RAY_AUTH_MODE": "disabled",
         "RAY_worker_niceness": "0",
     }
@@ -248,5 +262,6 @@ def painter() -> Any:
         image = staticmethod(paint)
         photos = staticmethod(write_photos)
         hostile = staticmethod(write_hostile)
+        poison = staticmethod(write_poison)
 
     return Painter

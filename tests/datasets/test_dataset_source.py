@@ -18,7 +18,7 @@ from cnnray.datasets.shards import pack_shard
 from cnnray.datasets.sources import open_source
 from cnnray.datasets.sources.dataset import DatasetSource
 from cnnray.errors import ChangedObjectError, DataError, MissingObjectError, StorageError
-from cnnray.images.decode import DecodeLimits
+from cnnray.options import DecodeLimits
 from cnnray.storage import Store, open_store
 
 COUNT = 200

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cnnray.datasets import order as order_module
 from cnnray.datasets.order import (
     NUM_LANES,
     Batch,
@@ -304,3 +305,38 @@ def test_only_units_that_later_steps_need_are_read_again(layout, batch, unit, da
     assert rows_read == rows_left + order.rows_to_skip(first_step).sum()
     assert all(order.rows_to_skip(first_step) < unit)  # of one unit for each lane, never all of it
     assert [piece for piece in order.units if piece in set(units)] == units
+
+
+@pytest.mark.parametrize("staged_bytes", [1, 40, 10**9])
+def test_batches_are_the_same_however_many_are_put_together_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, staged_bytes: int
+) -> None:
+    plan_of_two = plan([[90, 41], [77]], batch=50, unit=7)
+    expected = list(batches_of(plan_of_two, rank=1, num_workers=3))
+    monkeypatch.setattr(order_module, "STAGED_BYTES", staged_bytes)
+    found = list(batches_of(plan_of_two, rank=1, num_workers=3))
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one["key"].tolist() == other["key"].tolist()
+        np.testing.assert_array_equal(one["image"], other["image"])
+        np.testing.assert_array_equal(one["label"], other["label"])
+
+
+def test_no_block_is_drawn_before_a_batch_needs_it() -> None:
+    order = plan([[500]], batch=24, unit=4)
+    drawn = 0
+
+    def blocks() -> Iterator[tuple[int, Batch]]:
+        nonlocal drawn
+        for unit in order.units:
+            drawn += 1
+            yield unit.lane, read(unit)
+
+    next(assemble(order, blocks(), lanes=range(NUM_LANES)))
+    assert drawn == NUM_LANES  # one row of each lane, of four that its first unit has
+
+
+def test_a_worker_without_a_sample_in_a_batch_is_an_error() -> None:
+    order = plan([[40]], batch=2)
+    with pytest.raises(ValueError, match="more workers"):
+        list(batches_of(order, rank=5, num_workers=24))

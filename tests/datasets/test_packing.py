@@ -19,7 +19,7 @@ from cnnray.datasets.packing import PackPlan, build_manifest, plan_pack, sort_cl
 from cnnray.datasets.shards import PackedShard, pack_shard
 from cnnray.datasets.sources import open_source
 from cnnray.errors import DataError
-from cnnray.images.decode import DecodeLimits
+from cnnray.options import DecodeLimits
 from cnnray.schema import ENTRY_SCHEMA, REJECTED_SCHEMA
 from cnnray.storage import Store, open_store
 

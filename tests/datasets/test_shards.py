@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +14,20 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+import cnnray.datasets.shards as shards_module
 from cnnray.datasets.shards import PackedShard, ShardPlan, pack_shard, read_row_group
-from cnnray.errors import AlreadyExistsError, DataError, MissingObjectError, StorageError
-from cnnray.images.decode import DecodeLimits
-from cnnray.schema import ENTRY_SCHEMA, MAX_ERROR_DETAIL, SHARD_SCHEMA
+from cnnray.errors import (
+    MAX_ERROR_DETAIL,
+    AlreadyExistsError,
+    DataError,
+    MissingObjectError,
+    StorageError,
+)
+from cnnray.options import DecodeLimits
+from cnnray.schema import ENTRY_SCHEMA, SHARD_SCHEMA
 from cnnray.storage import LocalStore, Store, open_store, sha256
+
+POISON = Path(__file__).parents[1] / "images" / "poison"
 
 
 def png(value: int) -> bytes:
@@ -37,7 +47,7 @@ class Memory:
 
 
 def pack(
-    store: Store, data: dict[str, bytes | StorageError], *, rows: int = 4, replace: bool = False
+    store: Store, data: dict[str, bytes | StorageError], *, rows: int = 4, **options: Any
 ) -> PackedShard:
     entries = pa.Table.from_pylist(
         [
@@ -52,7 +62,7 @@ def pack(
         store=store,
         classes=("w", "x"),
         limits=DecodeLimits(max_pixels=1000),
-        replace=replace,
+        **options,
     )
 
 
@@ -109,6 +119,44 @@ def test_bad_images_are_rejected_with_stage_and_code(store: Store) -> None:
     details = packed.rejected["error_detail"].to_pylist()
     assert max(map(len, details)) <= MAX_ERROR_DETAIL
     assert packed.shard.num_samples == 1
+
+
+def test_a_shard_is_the_same_file_when_it_is_packed_carefully(tmp_path: Path) -> None:
+    images = {**{f"{n}": png(n) for n in range(10)}, "text": b"hello"}
+    stores = [open_store(str(tmp_path / name)) for name in ("fast", "careful")]
+    fast, careful = (pack(store, images, careful=store is stores[1]) for store in stores)
+    assert careful.shard == fast.shard
+    assert careful.rejected.equals(fast.rejected)
+    assert (careful.histogram == fast.histogram).all()
+
+
+def test_poison_is_rejected_when_it_is_packed_carefully(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(POISON))
+    images = {
+        "first": png(1),
+        "crash": png(2) + b"cnnray-poison:abort;",
+        "hang": png(3) + b"cnnray-poison:spin;",
+        "last": png(4),
+    }
+    packed = pack(store, images, careful=True, decode_seconds=0.7)
+    assert {row["key"]: row["error_code"] for row in packed.rejected.to_pylist()} == {
+        "crash": "decoder_crash",
+        "hang": "decoder_timeout",
+    }
+    assert packed.shard.num_samples == 2
+
+
+@pytest.mark.parametrize("batch_bytes", [1, 300])
+def test_images_are_packed_in_batches_without_losing_one(
+    store: Store, monkeypatch: pytest.MonkeyPatch, batch_bytes: int
+) -> None:
+    monkeypatch.setattr(shards_module, "BATCH_BYTES", batch_bytes)
+    images: dict[str, bytes | StorageError] = {f"{n}": png(n) for n in range(7)}
+    packed = pack(store, {**images, "gone": MissingObjectError("no such file")})
+    assert packed.shard.row_groups == (4, 3)
+    assert packed.rejected["key"].to_pylist() == ["gone"]
 
 
 def test_a_shard_of_bad_images_alone_is_not_written(store: Store) -> None:

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
-from cnnray.errors import ImageError
-from cnnray.images.decode import Decoded, DecodeLimits, decode_image
-from cnnray.schema import IMAGE_ERROR_CODES, MAX_ERROR_DETAIL
+from cnnray.errors import IMAGE_ERROR_CODES, MAX_ERROR_DETAIL, ImageError
+from cnnray.images.decode import Decoded, decode_image
+from cnnray.options import DecodeLimits
 
 # A warning of Pillow's that leaks would be the whole process's.
 pytestmark = pytest.mark.filterwarnings("error")
@@ -498,7 +498,7 @@ def test_pillows_own_limit_is_too_large(monkeypatch, encode, picture):
 
 @pytest.mark.parametrize("values", [{"max_pixels": 0}, {"max_bytes": 0}])
 def test_limits_must_be_positive(values):
-    with pytest.raises(ValueError, match="positive"):
+    with pytest.raises(ValueError, match="greater than 0"):
         DecodeLimits(**values)
 
 

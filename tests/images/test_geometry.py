@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cnnray.images.augment import Augmentation, TrainTransform
+from cnnray.images.augment import TrainTransform
 from cnnray.images.geometry import shift_and_flip
 from cnnray.images.transforms import EvalTransform, Preprocessing
+from cnnray.options import Augmentation
 
 KEYS = [f"photo {number}.jpg" for number in range(2000)]
 

@@ -20,9 +20,10 @@ import pytest
 from PIL import Image
 
 from cnnray.errors import CnnrayError, ImageError
-from cnnray.images.decode import DecodeLimits, decode_image
+from cnnray.images.decode import decode_image
 from cnnray.images.decoder_process import PIXELS, READY, REFUSAL, REPLY
 from cnnray.images.isolation import IsolatedDecoder, guarded_decoder
+from cnnray.options import DecodeLimits
 
 POISON = Path(__file__).parent / "poison"
 ROOT = Path(__file__).parents[2]
@@ -340,7 +341,7 @@ def test_the_child_ends_when_its_parent_is_killed(
     code = (
         "import sys, time, psutil\n"
         "from pathlib import Path\n"
-        "from cnnray.images.decode import DecodeLimits\n"
+        "from cnnray.options import DecodeLimits\n"
         "from cnnray.images.isolation import IsolatedDecoder\n"
         "decoder = IsolatedDecoder(channels=3, limits=DecodeLimits(), seconds=5)\n"
         "decoder.decode(Path('first').read_bytes())\n"
@@ -385,7 +386,7 @@ def guarded_run(
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from cnnray.images.decode import DecodeLimits\n"
+        "from cnnray.options import DecodeLimits\n"
         "from cnnray.images.isolation import guarded_decoder\n"
         "files = [Path(name).read_bytes() for name in sys.argv[2:]]\n"
         "seconds = float(sys.argv[1])\n"

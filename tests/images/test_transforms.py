@@ -9,8 +9,8 @@ import torch
 from torchvision.transforms.v2 import functional as F
 
 from cnnray.errors import ImageError
-from cnnray.images.decode import DecodeLimits
 from cnnray.images.transforms import EvalTransform, Preprocessing, fit
+from cnnray.options import DecodeLimits
 
 pytestmark = pytest.mark.filterwarnings("error")
 

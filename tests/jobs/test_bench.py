@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from colours import write_bundle, write_images
 
-from cnnray.cluster.classify.bench import bench
+from cnnray.cluster.classify.dry_run import bench
 from cnnray.config import BenchSettings
 
 pytestmark = pytest.mark.timeout(120)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import pyarrow as pa
 import pytest
@@ -16,11 +15,11 @@ from cnnray.labeling.agreement import (
     SAMPLE_PARTS,
     Agreement,
     count_agreement,
-    read_images,
+    decode_good,
     sample_plan,
 )
 from cnnray.labeling.commit import Run
-from cnnray.labeling.decoding import SampleDecoder
+from cnnray.labeling.decoding import Sample, SampleDecoder
 from cnnray.models.bundle import Bundle
 
 Begin = Callable[..., tuple[Run, bool]]
@@ -60,33 +59,22 @@ def test_a_sample_is_from_a_few_parts_of_a_long_plan(
     assert len(keys) == len(set(keys)) == 2 * SAMPLE_PARTS
 
 
-class ToySource:
-    """Whose files are given with it."""
-
-    def __init__(self, files: list[bytes | StorageError]) -> None:
-        self.files = files
-
-    def read(self, entries: pa.Table) -> Iterator[bytes | StorageError]:
-        return iter(self.files)
-
-
 def test_bad_images_are_no_part_of_a_comparison(
-    make_bundle: Callable[..., Bundle],
-    photo: Callable[[int], bytes],
-    inputs: Callable[..., pa.Table],
+    make_bundle: Callable[..., Bundle], photo: Callable[[int], bytes]
 ) -> None:
     preprocessing = make_bundle().spec.preprocessing
-    files = [photo(0), b"", photo(1)[:-30], MissingObjectError("gone"), photo(2)]
-    source: Any = ToySource(files)
-    images = read_images(source, inputs(*"abcde"), SampleDecoder(preprocessing))
+
+    def images_of(*files: bytes | StorageError) -> Tensor:
+        samples = [Sample(f"{number}", "etag", data) for number, data in enumerate(files)]
+        return decode_good(samples, SampleDecoder(preprocessing))
+
+    images = images_of(photo(0), b"", photo(1)[:-30], MissingObjectError("gone"), photo(2))
     transform = EvalTransform(preprocessing)
     expected = torch.stack([torch.from_numpy(transform(photo(n))) for n in (0, 2)])
     assert torch.equal(images, expected)
-    source = ToySource([b"", b"text"])
-    assert len(read_images(source, inputs(*"ab"), SampleDecoder(preprocessing))) == 0
-    source = ToySource([AccessDeniedError("no right")])
+    assert len(images_of(b"", b"text")) == 0
     with pytest.raises(AccessDeniedError):
-        read_images(source, inputs("a"), SampleDecoder(preprocessing))
+        images_of(AccessDeniedError("no right"))
 
 
 class Labels:

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from cnnray.errors import (
+    MAX_ERROR_DETAIL,
     AccessDeniedError,
     ChangedObjectError,
     MissingObjectError,
     StorageError,
     UnavailableError,
 )
-from cnnray.images.augment import Augmentation, TrainTransform
-from cnnray.images.decode import DecodeLimits
+from cnnray.images.augment import TrainTransform
 from cnnray.images.transforms import EvalTransform
 from cnnray.labeling.decoding import Sample, SampleDecoder
 from cnnray.labeling.labeler import Labeler
@@ -29,7 +29,8 @@ from cnnray.labeling.prediction import Predictor
 from cnnray.models.bundle import Bundle
 from cnnray.models.classifier import Classifier
 from cnnray.models.engines import EagerEngine
-from cnnray.schema import LABELS_SCHEMA, MAX_ERROR_DETAIL, labels_schema
+from cnnray.options import Augmentation, DecodeLimits
+from cnnray.schema import LABELS_SCHEMA, labels_schema
 
 MakeBundle = Callable[..., Bundle]
 Photo = Callable[[int], bytes]

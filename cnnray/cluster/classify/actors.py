@@ -1,33 +1,22 @@
-"""What the workers of the classify job read, and what they are made from."""
+"""What the workers of the classify job are made from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-import pyarrow as pa
 import ray
-import torch
 
-from cnnray.cluster.core.streaming import Stage
-from cnnray.cluster.inference.actors import (
-    DecodeActor,
-    LabelActor,
-    PredictActor,
-    set_up_actor,
-)
-from cnnray.cluster.inference.stages import inference_stage, split_stages
+from cnnray.cluster.classify.work import PlannedImages, make_predictor
+from cnnray.cluster.inference.actors import set_up_actor
+from cnnray.cluster.inference.choices import is_split, make_decoder
 from cnnray.config import ClassifySettings
-from cnnray.datasets.sources import Source, copy_rows
-from cnnray.images.decode import DecodeLimits
-from cnnray.images.transforms import Preprocessing
+from cnnray.datasets.sources import Source
+from cnnray.labeling.agreement import sample_plan
 from cnnray.labeling.commit import Run
 from cnnray.labeling.decoding import Sample, SampleDecoder
-from cnnray.labeling.plan import PlanReader
 from cnnray.labeling.prediction import Predictor
-from cnnray.models.bundle import Bundle, load_bundle, read_bundle_spec
-from cnnray.models.engines import EngineChoice, PreparedEngine, choose_engine, open_engine
+from cnnray.models.bundle import load_bundle, read_bundle_spec
+from cnnray.models.engines import PreparedEngine
 from cnnray.storage import Store
 
 
@@ -43,18 +32,18 @@ class LabelJob:
 
     kept = ("part", "row")
 
-    def plan_stages(self) -> list[Stage]:
-        """Where the work is done. Raises ``SettingsError`` when the cluster cannot hold it."""
-        settings, arguments = self.settings, {"job": self}
-        if is_split(settings):
-            return split_stages(
-                DecodeActor,
-                PredictActor,
-                arguments,
-                settings.scaling,
-                decode_workers=settings.decode_workers,
-            )
-        return [inference_stage(LabelActor, arguments, settings.scaling)]
+    is_bound_to_precision = True  # by the table, which has been claimed
+
+    @property
+    def embeddings(self) -> bool:
+        """Whether the engine gives features, too."""
+        return self.settings.embeddings
+
+    def read_sample(self, size: int) -> list[Sample]:
+        """Some of the run's images, from all over its plan."""
+        entries = sample_plan(self.run.plan, size)
+        keys, etags = entries["key"].to_pylist(), entries["etag"].to_pylist()
+        return [*map(Sample, keys, etags, self.source.read(entries))]
 
     def open_reader(self) -> PlannedImages:
         """What reads in a worker."""
@@ -72,88 +61,3 @@ class LabelJob:
         engine = PreparedEngine() if self.engine is None else ray.get(self.engine)
         bundle = load_bundle(self.model)
         return make_predictor(bundle, self.settings, device=device, prepared=engine)
-
-
-def is_split(settings: ClassifySettings) -> bool:
-    """Whether some workers decode and others compute."""
-    on_gpu = settings.placement == "auto" and settings.scaling.use_gpu
-    return settings.placement == "split" or on_gpu
-
-
-def decoded_chunk_bytes(job: LabelJob) -> int:
-    """Just under the size of a decoded chunk, so that each one is a block of its own."""
-    preprocessing = read_bundle_spec(job.model).preprocessing
-    image_bytes = preprocessing.channels * preprocessing.size**2
-    return max(1, job.settings.chunk_rows * image_bytes * 3 // 4)
-
-
-def make_decoder(
-    preprocessing: Preprocessing, settings: ClassifySettings, *, careful: bool
-) -> SampleDecoder:
-    """What decodes in a worker."""
-    return SampleDecoder(
-        preprocessing,
-        limits=DecodeLimits(**settings.limits.model_dump()),
-        careful=careful,
-        decode_seconds=settings.decode_seconds,
-    )
-
-
-def engine_choice(settings: ClassifySettings) -> EngineChoice:
-    """The engine that the settings mean. Raises what ``choose_engine`` does."""
-    wanted = settings.engine
-    return choose_engine(wanted.name, wanted.precision, use_gpu=settings.scaling.use_gpu)
-
-
-def batch_size_of(settings: ClassifySettings) -> int:
-    """Images of one forward pass, at most."""
-    return settings.batch_size or (64 if settings.scaling.use_gpu else 16)
-
-
-def make_predictor(
-    bundle: Bundle, settings: ClassifySettings, *, device: torch.device, prepared: PreparedEngine
-) -> Predictor:
-    """What computes in a worker."""
-    batch_size, embeddings = batch_size_of(settings), settings.embeddings
-    return Predictor(
-        open_engine(prepared, bundle, device=device, embeddings=embeddings, batch_size=batch_size),
-        bundle.spec,
-        digest=bundle.digest,
-        top_k=settings.top_k,
-        batch_size=batch_size,
-    )
-
-
-class PlannedImages:
-    """Reads the images of units of a plan, unless their part is published."""
-
-    def __init__(self, source: Source, run: Run, *, chunk_rows: int | None = None) -> None:
-        self.source = source
-        self.run = run
-        self.chunk_rows = chunk_rows  # None: a unit is one chunk
-        self.plan = PlanReader(run.plan)
-        self.done: set[int] = set()  # parts that are published
-
-    def read(self, units: pa.Table) -> Iterator[tuple[pa.Table, Iterator[Sample]]]:
-        """The rows of ``PlanUnit`` tables with their places, chunk by chunk, and their samples."""
-        for unit in units.to_pylist():
-            rows = self._planned(**unit)
-            size = self.chunk_rows or max(1, rows.num_rows)
-            for start in range(0, max(1, rows.num_rows), size):
-                chunk = copy_rows(rows, start, size)
-                keys, etags = chunk["key"].to_pylist(), chunk["etag"].to_pylist()
-                yield chunk, map(Sample, keys, etags, self.source.read(chunk))
-
-    def _planned(self, part: int, start: int, stop: int) -> pa.Table:
-        """Rows of a part with their places; none of one that is published."""
-        stop = start if self._is_published(part) else stop
-        planned = self.plan.read(part).slice(start, stop - start)
-        return planned.append_column(
-            "part", pa.repeat(pa.scalar(part, pa.int32()), stop - start)
-        ).append_column("row", pa.array(np.arange(start, stop, dtype=np.int32)))
-
-    def _is_published(self, part: int) -> bool:
-        """Whether another driver was faster: then the work would be in vain."""
-        if part not in self.done and self.run.store.head(self.run.part_key(part)) is not None:
-            self.done.add(part)
-        return part in self.done

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
-import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 import torch
 
-from cnnray.cluster.classify.actors import (
-    engine_choice,
-    is_split,
-    make_decoder,
-    make_predictor,
-)
+from cnnray.cluster.classify.work import make_predictor
+from cnnray.cluster.core.resources import Capacity, plan_pool, plan_split_pools
 from cnnray.cluster.core.streaming import Stage
-from cnnray.config import ClassifySettings
+from cnnray.cluster.inference.choices import engine_choice, is_split, make_decoder
+from cnnray.config import LabelingSettings
 from cnnray.console import format_seconds
 from cnnray.datasets.sources import Source
 from cnnray.errors import SettingsError, UsageError
@@ -59,7 +56,7 @@ def measure(
     bundle: Bundle,
     source: Source,
     entries: pa.Table,
-    settings: ClassifySettings,
+    settings: LabelingSettings,
     *,
     list_seconds: float,
     max_seconds: float,
@@ -68,7 +65,8 @@ def measure(
     use_gpu = settings.scaling.use_gpu
     device = torch.device("cuda" if use_gpu else "cpu")
     keep_freed_memory()
-    with _torch_threads(max(1, int(settings.scaling.cpus_per_worker))):
+    threads = min(int(settings.scaling.cpus_per_worker), os.cpu_count() or 1)
+    with _torch_threads(max(1, threads)):
         prepared = _prepared(bundle, settings)
         predictor = make_predictor(bundle, settings, device=device, prepared=prepared)
         return measure_stages(
@@ -83,7 +81,7 @@ def measure(
         )
 
 
-def _prepared(bundle: Bundle, settings: ClassifySettings) -> PreparedEngine:
+def _prepared(bundle: Bundle, settings: LabelingSettings) -> PreparedEngine:
     """The job's engine; int8 is calibrated on noise, which is as fast as on images."""
     shape = (1, bundle.spec.preprocessing.channels, *[bundle.spec.preprocessing.size] * 2)
     return prepare_engine(
@@ -104,33 +102,49 @@ def _torch_threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def local_crew(settings: ClassifySettings) -> Crew:
+def local_crew(settings: LabelingSettings) -> Crew:
     """The workers that the job would have on this machine, or on as many like it as they need.
 
-    Raises ``SettingsError`` when they need a GPU and here is none.
+    Raises ``SettingsError`` when they need a GPU and there is none here.
     """
     scaling = settings.scaling
-    cpus = settings.cluster.num_cpus or os.cpu_count() or 1
+    cpus = float(settings.cluster.num_cpus or os.cpu_count() or 1)
     gpus = torch.cuda.device_count() if scaling.use_gpu else 0
     if scaling.use_gpu and not gpus:
         raise SettingsError(
             "there is no GPU here to measure", hint="measure on a machine like the workers'"
         )
-    places = gpus or max(1, int(cpus / scaling.cpus_per_worker))
+    machine = {"CPU": max(cpus, scaling.cpus_per_worker), "GPU": float(gpus)}
     chunk_rows, on_gpu = settings.chunk_rows, scaling.use_gpu
-    if not is_split(settings):
-        number = scaling.num_workers or places
-        workers = Workers(number, on_gpu=on_gpu, chunk_rows=chunk_rows)
-        return Crew(workers, machines=-(-number // places))
-    infer = scaling.num_workers or gpus or 1
-    machines = -(-infer // places)
-    taken = infer if on_gpu else math.ceil(infer * max(1.0, scaling.cpus_per_worker))
-    decode = settings.decode_workers or max(1, machines * cpus - taken)
-    return Crew(Workers(decode, infer, on_gpu=on_gpu, chunk_rows=chunk_rows), machines)
+    for machines in itertools.count(_least_machines(settings, machine)):
+        capacity = Capacity((machine,) * machines)
+        with contextlib.suppress(SettingsError):  # too few machines
+            if not is_split(settings):
+                pool = plan_pool(scaling, capacity)
+                return Crew(
+                    Workers(pool.min_workers, on_gpu=on_gpu, chunk_rows=chunk_rows), machines
+                )
+            decode, infer = plan_split_pools(
+                scaling, capacity, decode_workers=settings.decode_workers
+            )
+            workers = Workers(
+                decode.min_workers, infer.min_workers, on_gpu=on_gpu, chunk_rows=chunk_rows
+            )
+            return Crew(workers, machines)
+    raise AssertionError("unreachable: more machines hold any number of workers")
+
+
+def _least_machines(settings: LabelingSettings, machine: Mapping[str, float]) -> int:
+    """A number of machines that is never too high."""
+    scaling = settings.scaling
+    workers, kind = scaling.min_workers or 1, "GPU" if scaling.use_gpu else "CPU"
+    each = 1.0 if scaling.use_gpu else scaling.cpus_per_worker
+    decoders = settings.decode_workers or 1 if is_split(settings) else 0
+    return max(1, int(workers * each / machine[kind]), int(decoders / machine["CPU"]))
 
 
 def estimate(
-    measured: Measurement, crew: Crew, settings: ClassifySettings, *, images: int, listed: int
+    measured: Measurement, crew: Crew, settings: LabelingSettings, *, images: int, listed: int
 ) -> dict[str, Any]:
     """Forecast a job for ``images`` of ``listed``, log it as a table, and return it for a result.
 
@@ -168,7 +182,7 @@ def estimate(
 
 
 def _costs(
-    predicted: Forecast, crew: Crew, settings: ClassifySettings, *, images: int, listed: int
+    predicted: Forecast, crew: Crew, settings: LabelingSettings, *, images: int, listed: int
 ) -> dict[str, Any]:
     costs: dict[str, Any] = {}
     if settings.input.startswith("s3://"):
@@ -233,7 +247,7 @@ def sample_parts(run: Run, parts: Sequence[int], *, size: int) -> pa.Table:
 
 
 def measure_run(
-    bundle: Bundle, source: Source, run: Run, parts: Sequence[int], settings: ClassifySettings
+    bundle: Bundle, source: Source, run: Run, parts: Sequence[int], settings: LabelingSettings
 ) -> Measurement | None:
     """A small sample of a large run, before its workers start; None where there is no prediction.
 
@@ -253,10 +267,10 @@ def measure_run(
 
 
 def predict_run(
-    measured: Measurement, stages: Sequence[Stage], settings: ClassifySettings, *, images: int
+    measured: Measurement, stages: Sequence[Stage], settings: LabelingSettings, *, images: int
 ) -> float:
-    """Log how long the workers of a run, which are about to start, will take, and return it."""
-    decoders, *others = (stage.max_workers for stage in stages)
+    """Log how long the workers that a run begins with will take, and return it."""
+    decoders, *others = (stage.min_workers for stage in stages)
     workers = Workers(decoders, infer=sum(others), chunk_rows=settings.chunk_rows)
     predicted = forecast(
         measured.times, workers, images=images, listed=0, start_seconds=WORKER_START_SECONDS

@@ -1,6 +1,9 @@
-"""The classify job: workers read, decode and label chunks; the driver alone writes.
+"""The classify job: workers read, decode and label; the driver alone writes.
 
 Plan, publish and commit are ``cnnray.labeling``'s: a driver may be killed anywhere, and run twice.
+Torch and Ray take seconds to import and to start. So nothing here imports them: a thread loads the
+model while this one lists the images and, for a run that is sure to be large, starts Ray. (Not the
+other way round: Ray's core keeps a SIGTERM handler of its own unless it starts in the main thread.)
 """
 
 from __future__ import annotations
@@ -8,23 +11,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cnnray.cluster.classify.actors import (
-    LabelJob,
-    decoded_chunk_bytes,
-    engine_choice,
-    is_split,
-)
-from cnnray.cluster.classify.dry_run import dry_run
-from cnnray.cluster.classify.engine_check import CheckedEngine, check_engine, with_engine
-from cnnray.cluster.classify.forecast import measure_run, predict_run
-from cnnray.cluster.core.session import ray_cluster
-from cnnray.cluster.core.streaming import MAX_UNITS, Stage, map_units
 from cnnray.config import ClassifySettings
 from cnnray.console import ProgressLine, format_seconds
 from cnnray.datasets.listing import list_in_order
@@ -35,22 +28,25 @@ from cnnray.labeling.commit import Run, RunTotals, finish_run, missing_parts, pu
 from cnnray.labeling.delta import check_delta, export_runs
 from cnnray.labeling.parts import PublishedPart
 from cnnray.labeling.plan import DATA_FOLDER, PlanReader
-from cnnray.labeling.runs import begin_run, claim_table
-from cnnray.labeling.units import plan_units
-from cnnray.models.bundle import Bundle, load_bundle
+from cnnray.labeling.runs import TABLE_KEY, begin_run, claim_table
 from cnnray.process import stop_on_sigterm
+from cnnray.schema import BUNDLE_KEY
 from cnnray.storage import Store, open_store
+
+if TYPE_CHECKING:
+    from cnnray.cluster.classify.on_cluster import ClusterLabeler
+    from cnnray.models.bundle import Bundle
 
 logger = logging.getLogger(__name__)
 
 MAX_PASSES = 3
 """Times that a run's missing parts are gone through: another driver may die with some of them."""
+MAX_SMALL_RUN = 2_000
+"""Images of a run that may be over before a cluster has started; more always go to one."""
 
 
-def classify(settings: ClassifySettings, bundle: Bundle | None = None) -> dict[str, Any]:
+def classify(settings: ClassifySettings) -> dict[str, Any]:
     """Label what is new in the input, each image once, and return the job's result.
-
-    ``bundle`` is the model's, where it has been loaded already.
 
     Raises ``ConflictError`` when the output is of another model or an open run has other settings,
     ``DataError`` when there are no images, ``SettingsError`` when the engine's labels are not those
@@ -58,18 +54,20 @@ def classify(settings: ClassifySettings, bundle: Bundle | None = None) -> dict[s
     (all rows are there) beyond the budget.
     """
     started = time.perf_counter()
-    engine = CheckedEngine(engine_choice(settings))  # unknown until it is compared
     with stop_on_sigterm(), contextlib.ExitStack() as resources:
         output = open_store(settings.output, single_writer=settings.single_writer)
-        model = open_store(settings.model)
         if settings.delta:
             check_delta(output)
-        bundle = bundle or load_bundle(model)  # a wrong bundle is found before anything is started
+        if open_store(settings.model).head(BUNDLE_KEY) is None:
+            _import_and_load(settings.model)  # raises what there is to say, before anything starts
         source = open_source(
             settings.input, format=settings.format, labelled=False, **settings.columns.options()
         )
+        bundle = _load_bundle(settings, source, output, resources)
         identity, config = _identity(settings, bundle), _config(settings)
         if settings.dry_run:
+            from cnnray.cluster.classify.dry_run import dry_run
+
             return dry_run(
                 settings,
                 bundle,
@@ -80,7 +78,7 @@ def classify(settings: ClassifySettings, bundle: Bundle | None = None) -> dict[s
                 list_inputs=lambda: _list_inputs(source, settings),
             )
         claim_table(output, identity)
-        predicted: float | None = None
+        labeler = _Labeler(settings, bundle, source, resources, started=started)
         finished: list[tuple[Run, RunTotals]] = []
         is_mine = False
         while not is_mine:  # a run that was open is finished first, then what is new since
@@ -94,17 +92,44 @@ def classify(settings: ClassifySettings, bundle: Bundle | None = None) -> dict[s
             if begun is None:
                 break
             run, is_mine = begun
-            job = LabelJob(model, source, run, settings)
-            before = time.perf_counter() - started
-            totals, seconds, engine = _work_on(job, bundle, is_mine=is_mine, resources=resources)
-            finished.append((run, totals))
-            predicted = predicted if seconds is None else before + seconds
+            finished.append((run, _work_on(run, labeler, is_mine=is_mine)))
         if settings.delta:  # with what drivers that died had committed, and when nothing is new
             logger.info("%d runs added to the Delta table", export_runs(output))
     seconds = time.perf_counter() - started
-    if predicted is not None:
+    if (predicted := labeler.facts["predicted_seconds"]) is not None:
         logger.info("predicted %s, took %s", *map(format_seconds, (predicted, seconds)))
-    return _result(finished, output, settings, engine, seconds=seconds, predicted_seconds=predicted)
+    return _result(finished, output, settings, labeler.facts, seconds=seconds)
+
+
+def _load_bundle(
+    settings: ClassifySettings, source: Source, output: Store, resources: contextlib.ExitStack
+) -> Bundle:
+    """The model, loaded by a thread; Ray starts beside it where it is sure to be needed."""
+    with ThreadPoolExecutor(1) as thread:
+        loading: Future[Bundle] = thread.submit(_import_and_load, settings.model)
+        if _is_large_first_run(settings, source, output):
+            from cnnray.cluster.core.session import ray_cluster
+
+            resources.enter_context(ray_cluster(settings.cluster))
+        return loading.result()
+
+
+def _import_and_load(uri: str) -> Bundle:
+    from cnnray.models.bundle import load_bundle  # torch
+
+    return load_bundle(open_store(uri))
+
+
+def _is_large_first_run(settings: ClassifySettings, source: Source, output: Store) -> bool:
+    """Whether there is no table yet, and more images for it than a small run has."""
+    if settings.dry_run or output.head(TABLE_KEY) is not None:
+        return False
+    listed = 0
+    for table in list_in_order(source):
+        listed += table.num_rows
+        if listed > MAX_SMALL_RUN:
+            return True
+    return False
 
 
 def _identity(settings: ClassifySettings, bundle: Bundle) -> dict[str, Any]:
@@ -139,55 +164,29 @@ def _list_inputs(source: Source, settings: ClassifySettings) -> Iterator[pa.Tabl
         raise DataError(f"no images at all in {settings.input}", hint="check --input")
 
 
-def _work_on(
-    job: LabelJob, bundle: Bundle, *, is_mine: bool, resources: contextlib.ExitStack
-) -> tuple[RunTotals, float | None, CheckedEngine]:
-    """Label and publish every missing part of a run, and commit it.
-
-    Ray is started when there is something to label, and lives as long as ``resources``. Returned
-    are also the prediction of how many seconds this takes, for a large run, and the engine.
-    """
-    started, predicted = time.perf_counter(), None
-    engine: CheckedEngine | None = None
-    run = job.run
+def _work_on(run: Run, labeler: _Labeler, *, is_mine: bool) -> RunTotals:
+    """Label and publish every missing part of a run, and commit it."""
     published: dict[int, PublishedPart] = {}
     for _ in range(MAX_PASSES):
         missing = missing_parts(run)
         if not missing:
             break
-        images = sum(map(run.plan.rows_of, missing))
         logger.info(
             "run %s: %s of %s images in %d of %d parts to label",
             run.id,
-            f"{images:,}",
+            f"{sum(map(run.plan.rows_of, missing)):,}",
             f"{run.plan.rows:,}",
             len(missing),
             run.plan.num_parts,
         )
         if not is_mine:  # from the other end: the driver that opened the run may be alive
             missing.reverse()
-        measured = measure_run(bundle, job.source, run, missing, job.settings)
-        resources.enter_context(ray_cluster(job.settings.cluster))  # the second time it is there
-        if engine is None:
-            engine = check_engine(job, engine_choice(job.settings))
-            job = with_engine(job, engine)
-        stages = job.plan_stages()
-        if measured is not None and predicted is None:
-            predicted = time.perf_counter() - started
-            predicted += predict_run(measured, stages, job.settings, images=images)
-        published |= _label(job, stages, missing)
-    return (
-        finish_run(run, published),
-        predicted,
-        engine or CheckedEngine(engine_choice(job.settings)),
-    )
+        published |= publish_parts(run, missing, labeler)
+    return finish_run(run, published)
 
 
-def _label(
-    job: LabelJob, stages: Sequence[Stage], missing: Sequence[int]
-) -> dict[int, PublishedPart]:
+def publish_parts(run: Run, missing: Sequence[int], labeler: _Labeler) -> dict[int, PublishedPart]:
     """Label the missing parts and publish each one; those that this driver has written."""
-    run, settings = job.run, job.settings
     published: dict[int, PublishedPart] = {}
     done = run.plan.rows - sum(map(run.plan.rows_of, missing))
     errors, parts = 0, run.plan.num_parts - len(missing)
@@ -198,10 +197,11 @@ def _label(
             initial=done,
             unit="images",
             label="classify",
-            seconds=settings.cluster.progress_seconds,
+            seconds=labeler.settings.cluster.progress_seconds,
         ) as progress,
+        contextlib.closing(labeler.label(run, missing)) as labeled,
     ):
-        for rows in _label_rows(job, stages, missing, assembler):
+        for rows in _expected(labeled, run, assembler):
             errors += pc.sum(pc.equal(rows["status"], "error")).as_py() or 0
             for part, whole in assembler.add(rows):
                 result = publish_part(run, part, whole)
@@ -212,39 +212,84 @@ def _label(
     return published
 
 
-def _label_rows(
-    job: LabelJob, stages: Sequence[Stage], parts: Sequence[int], assembler: PartAssembler
+def _expected(
+    labeled: Iterator[pa.Table], run: Run, assembler: PartAssembler
 ) -> Iterator[pa.Table]:
-    """Label rows of some parts as workers finish them; the assembler knows what to expect."""
-    run, settings = job.run, job.settings
-    units = plan_units(
-        run.plan,
-        parts,
-        chunk_rows=settings.chunk_rows,
-        workers=stages[0].max_workers,
-        max_units=MAX_UNITS,
-    )
-    reader, expected = PlanReader(run.plan), set[int]()
-    for rows in map_units(
-        [unit.to_table() for unit in units],
-        stages,
-        stall_seconds=settings.cluster.stall_seconds,
-        block_bytes=decoded_chunk_bytes(job) if is_split(settings) else None,
-    ):
-        for part in sorted(set(pc.unique(rows["part"]).to_pylist()) - expected):
+    """The same rows; the assembler knows the inputs of their parts before it gets them."""
+    reader, known = PlanReader(run.plan), set[int]()
+    for rows in labeled:
+        for part in sorted(set(pc.unique(rows["part"]).to_pylist()) - known):
             assembler.expect(part, reader.read(part))
-            expected.add(part)
+            known.add(part)
         yield rows
+
+
+class _Labeler:
+    """Labels parts in this process while that is quicker, else on Ray, which starts once."""
+
+    def __init__(
+        self,
+        settings: ClassifySettings,
+        bundle: Bundle,
+        source: Source,
+        resources: contextlib.ExitStack,
+        *,
+        started: float,
+    ) -> None:
+        self.started = started
+        self.settings = settings
+        self.bundle = bundle
+        self.source = source
+        self.resources = resources
+        self.cluster: ClusterLabeler | None = None
+
+    def label(self, run: Run, parts: Sequence[int]) -> Generator[pa.Table, None, None]:
+        """Label rows of some parts, with their places; a row may come twice."""
+        images = sum(map(run.plan.rows_of, parts))
+        if self.cluster is None and images <= MAX_SMALL_RUN:
+            from cnnray.cluster.classify.small_runs import SmallRunLabeler, may_run_here
+
+            if may_run_here(self.settings):
+                small = SmallRunLabeler(self.settings, self.bundle, source=self.source)
+                yield from small.label(run, parts)
+                if small.is_whole:
+                    return
+        yield from self._on_cluster().label(run, parts)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a result says of how images were labelled."""
+        from cnnray.cluster.inference.choices import engine_choice
+
+        cluster = self.cluster
+        engine = cluster.engine if cluster else None
+        return {
+            "engine": str(engine.choice if engine else engine_choice(self.settings)),
+            "agreement": engine.agreement.fraction if engine and engine.agreement else None,
+            "predicted_seconds": cluster.predicted_seconds if cluster else None,
+        }
+
+    def _on_cluster(self) -> ClusterLabeler:
+        if self.cluster is None:
+            from cnnray.cluster.classify.on_cluster import ClusterLabeler
+
+            self.cluster = ClusterLabeler(
+                self.settings,
+                self.bundle,
+                source=self.source,
+                resources=self.resources,
+                started=self.started,
+            )
+        return self.cluster
 
 
 def _result(
     finished: Sequence[tuple[Run, RunTotals]],
     output: Store,
     settings: ClassifySettings,
-    engine: CheckedEngine,
+    facts: dict[str, Any],
     *,
     seconds: float,
-    predicted_seconds: float | None,
 ) -> dict[str, Any]:
     planned = sum(run.plan.rows for run, _ in finished)
     rows, ok, errors = (
@@ -259,12 +304,10 @@ def _result(
         "errors": errors,
         "duplicates": duplicates,
         "parts": sum(totals.parts for _, totals in finished),
-        "engine": str(engine.choice),
-        "agreement": engine.agreement and engine.agreement.fraction,
         "data": f"{output.uri}/{DATA_FOLDER}",
         "images_per_second": round(rows / seconds, 1),
         "seconds": round(seconds, 1),
-        "predicted_seconds": None if predicted_seconds is None else round(predicted_seconds, 1),
+        **facts,
     }
     if not finished:
         logger.info("nothing new: every image is labelled already")

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 
 import ray
 
-from cnnray.cluster.core.resources import node_resources
+from cnnray.cluster.core.nodes import read_nodes
 from cnnray.config import ClusterSettings
 from cnnray.errors import CnnrayError, SettingsError
 
@@ -73,7 +73,7 @@ def ray_cluster(settings: ClusterSettings, *, dashboard: bool = False) -> Iterat
             address,
             resources.get("CPU", 0),
             resources.get("GPU", 0),
-            len(node_resources()),
+            len(read_nodes()),
         )
         yield
     finally:

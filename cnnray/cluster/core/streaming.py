@@ -19,7 +19,13 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.cloudpickle import dumps, loads
-from ray.data import ActorPoolStrategy, DataContext, ExecutionResources, TaskPoolStrategy
+from ray.data import (
+    ActorPoolStrategy,
+    DataContext,
+    Dataset,
+    ExecutionResources,
+    TaskPoolStrategy,
+)
 from ray.data.exceptions import ExecutionTimeoutError
 
 from cnnray.cluster.core.deadline import DeadlineError, within
@@ -185,8 +191,26 @@ def map_items(
     too, when a task has a bug, and ``IncompleteError`` when one keeps killing its worker or nothing
     moves for ``stall_seconds``.
     """
-    if not items:
-        return
+    for first in range(0, len(items), MAX_UNITS):
+        for number, result in _map_some(
+            function,
+            items[first : first + MAX_UNITS],
+            stall_seconds=stall_seconds,
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+        ):
+            yield first + number, result
+
+
+def _map_some(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    *,
+    stall_seconds: float,
+    num_cpus: float,
+    num_gpus: float,
+) -> Iterator[tuple[int, Result]]:
+    """``map_items`` in one execution."""
 
     def call(batch: pa.Table) -> pa.Table:
         numbers, payloads = batch["number"], batch["item"].to_pylist()
@@ -213,6 +237,25 @@ def map_items(
             yield row["number"], loads(row["result"])
 
 
+def dataset_of(units: Sequence[pa.Table], read: Callable[[pa.Table], pa.Table]) -> Dataset:
+    """A dataset for a user's own pipeline: what ``read`` gives for each unit, when it is needed.
+
+    Its settings are the user's, those of this process.
+    """
+    return ray.data.from_blocks(list(units)).map_batches(
+        read, batch_size=None, batch_format="pyarrow"
+    )
+
+
+def is_retried() -> bool:
+    """Whether the worker of an earlier try of this task has died. For a function of ``map_items``.
+
+    Ray tells actors in public that they are reconstructed; of a task, only its core knows.
+    """
+    worker = ray._private.worker.global_worker
+    return bool(worker.core_worker.get_current_task_attempt_number() > 0)
+
+
 @contextlib.contextmanager
 def building(context: DataContext) -> Iterator[None]:
     """Datasets that are made here have these settings; they keep them."""
@@ -223,7 +266,7 @@ def building(context: DataContext) -> Iterator[None]:
         yield
 
 
-def _blocks(dataset: ray.data.Dataset, *, stall_seconds: float) -> Iterator[pa.Table]:
+def _blocks(dataset: Dataset, *, stall_seconds: float) -> Iterator[pa.Table]:
     """The blocks of a dataset as they come. Raises what ``map_units`` raises."""
     blocks = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     with translated_errors(stall_seconds=stall_seconds):

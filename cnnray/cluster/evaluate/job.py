@@ -1,11 +1,12 @@
-"""The evaluate job: every row of a split once, by actors; metrics are taken from all rows."""
+"""The evaluate job: every row of a split once, by actors; metrics are taken from all good rows."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,27 +16,23 @@ import torch
 
 from cnnray import __version__
 from cnnray.cluster.core.session import ray_cluster
-from cnnray.cluster.core.streaming import map_units
-from cnnray.cluster.inference.actors import set_up_actor
-from cnnray.cluster.inference.stages import inference_stage
+from cnnray.cluster.core.streaming import MAX_UNITS, map_units
+from cnnray.cluster.evaluate.actors import EvaluateJob, split_answers
+from cnnray.cluster.inference.choices import decoded_block_bytes, engine_choice
+from cnnray.cluster.inference.engine_check import CheckedEngine, check_engine
+from cnnray.cluster.inference.stages import plan_stages
 from cnnray.config import EvaluateSettings
 from cnnray.console import ProgressLine
 from cnnray.datasets.manifest import Manifest, Split, get_split, read_manifest
 from cnnray.datasets.shards import read_row_group
-from cnnray.errors import CnnrayError, DataError, ImageError, UsageError
+from cnnray.errors import CnnrayError, DataError, ImageError, TooManyBadImagesError, UsageError
 from cnnray.evaluation.doctor import diagnose, read_run
 from cnnray.evaluation.figures import printable
 from cnnray.evaluation.findings import Finding
-from cnnray.evaluation.metrics import (
-    Metrics,
-    compute_metrics,
-    predictions_from_logits,
-    worst_mistakes,
-)
+from cnnray.evaluation.metrics import Metrics, compute_metrics, worst_mistakes
 from cnnray.evaluation.report import Mistake, render_report
-from cnnray.evaluation.views import DESCRIPTIONS, mean_logits, plan_views
-from cnnray.images.decode import DecodeLimits, decode_image
-from cnnray.images.transforms import EvalTransform
+from cnnray.evaluation.views import DESCRIPTIONS, plan_views
+from cnnray.images.decode import decode_image
 from cnnray.models.bundle import BundleSpec, load_bundle
 from cnnray.storage import Store, encode_json, encode_parquet, open_store, sha256
 
@@ -46,67 +43,13 @@ UNIT_ROWS = 1024
 NUM_MISTAKES = 24
 
 
-class EvaluateActor:
-    """One worker: predicts the rows of its units with its own copy of the model."""
-
-    def __init__(self, *, model: Store, data: Store, settings: EvaluateSettings) -> None:
-        bundle = load_bundle(model)
-        self.device = set_up_actor(use_gpu=settings.scaling.use_gpu)
-        self.predict = partial(
-            mean_logits,
-            bundle.model.to(self.device, memory_format=torch.channels_last),  # type: ignore[call-overload]
-            tta=settings.tta,
-            size=bundle.spec.preprocessing.size,
-            temperature=bundle.spec.temperature,
-        )
-        self.transform = EvalTransform(
-            plan_views(settings.tta, bundle.spec.preprocessing),
-            DecodeLimits(**settings.limits.model_dump()),
-        )
-        self.data = data
-        self.batch_size = settings.batch_size
-
-    def __call__(self, units: pa.Table) -> pa.Table:
-        """``PREDICTIONS_SCHEMA`` rows of (path, row_group, start, stop) units."""
-        return pa.concat_tables([self._predict(**unit) for unit in units.to_pylist()])
-
-    def _predict(self, *, path: str, row_group: int, start: int, stop: int) -> pa.Table:
-        rows = read_row_group(self.data, path, row_group, columns=("key", "image", "label")).slice(
-            start, stop - start
-        )
-        keys = rows["key"].to_pylist()
-        logits = [
-            self._logits(
-                keys[begin : begin + self.batch_size], rows["image"].slice(begin, self.batch_size)
-            )
-            for begin in range(0, len(keys), self.batch_size)
-        ]
-        labels = torch.from_numpy(rows["label"].to_numpy().astype(np.int64))
-        return predictions_from_logits(keys=keys, labels=labels, logits=torch.cat(logits))
-
-    def _logits(self, keys: Sequence[str], images: pa.ChunkedArray) -> torch.Tensor:
-        """(B, K) on the CPU."""
-        pixels = [self._decode(key, data.as_py()) for key, data in zip(keys, images, strict=True)]
-        batch = torch.from_numpy(np.stack(pixels))
-        with torch.inference_mode():
-            images = batch.to(self.device, memory_format=torch.channels_last)
-            return self.predict(images).cpu()
-
-    def _decode(self, key: str, data: bytes) -> np.ndarray[Any, Any]:
-        try:
-            return self.transform(data)
-        except ImageError as error:
-            raise DataError(
-                f"{key!r} of {self.data.uri} cannot be decoded any more: {error}"
-            ) from error
-
-
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     """Evaluate, write metrics, rows and report, and return the job's result.
 
     Raises ``DataError`` when the bundle's classes are not the dataset's, ``UsageError`` when there
     is an evaluation at the output, ``SettingsError`` for views that the model's input has no room
-    for.
+    for and for an engine whose labels are not those of eager, ``TooManyBadImagesError`` (everything
+    is written) when more images than the budget allows cannot be decoded any more.
     """
     started = time.perf_counter()
     model, data, output = (
@@ -116,26 +59,53 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     manifest = read_manifest(data)
     _check_classes(bundle.spec, manifest, settings=settings)
     plan_views(settings.tta, bundle.spec.preprocessing)  # refuses before anything is started
+    choice = engine_choice(settings)
     split = get_split(manifest, settings.split, uri=settings.data)
     if output.head(METRICS) is not None and not settings.overwrite:
         raise UsageError(
             f"{output.uri} holds an evaluation already",
             hint="choose another --output, or --overwrite",
         )
+    job = EvaluateJob(model, data, split, settings)
     with ray_cluster(settings.cluster):
-        predictions = _predict(split, model=model, data=data, settings=settings)
-    metrics = compute_metrics(predictions, classes=manifest.classes)
+        engine = check_engine(job, choice)
+        job = dataclasses.replace(job, engine=engine.prepared)
+        predictions, errors = _predict(job, bundle.spec)
     facts = _facts(settings, digest=bundle.digest, spec=bundle.spec, manifest=manifest)
-    mistakes = _mistakes(predictions, split=split, data=data, classes=manifest.classes)
+    facts |= _engine_facts(engine) | _error_facts(errors, split)
+    evaluation = Evaluation(predictions, errors, engine, facts)
+    result = _publish(evaluation, job, bundle.spec, manifest=manifest, output=output)
+    result["seconds"] = round(time.perf_counter() - started, 1)
+    _require_few_errors(errors, split, settings=settings, result=result)
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What the workers found, and with what."""
+
+    predictions: pa.Table  # PREDICTIONS_SCHEMA
+    errors: pa.Table  # key, label, error_code, error_detail
+    engine: CheckedEngine
+    facts: dict[str, str]
+
+
+def _publish(
+    evaluation: Evaluation, job: EvaluateJob, spec: BundleSpec, *, manifest: Manifest, output: Store
+) -> dict[str, Any]:
+    """Write rows, report and metrics, and return the job's result."""
+    predictions, facts, classes = evaluation.predictions, evaluation.facts, manifest.classes
+    metrics = compute_metrics(predictions, classes=classes)
+    mistakes = _mistakes(predictions, split=job.split, data=job.data, classes=classes)
     diagnosis = diagnose(
-        read_run(bundle.spec.provenance, classes=manifest.classes),
+        read_run(spec.provenance, classes=classes),
         per_class=metrics.per_class,
-        predictions=None if settings.split == "train" else predictions,
+        predictions=None if job.settings.split == "train" else predictions,
     )
     report = render_report(
-        title=f"{bundle.spec.architecture} on {settings.split}",
+        title=f"{spec.architecture} on {job.settings.split}",
         metrics=metrics,
-        history=_history(bundle.spec),
+        history=_history(spec),
         mistakes=mistakes,
         diagnosis=diagnosis,
         facts=facts,
@@ -143,12 +113,13 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     document = {
         "facts": facts,
         **metrics.to_dict(),
+        "errors": evaluation.errors.to_pylist(),
         "diagnosis": [finding.to_dict() for finding in diagnosis],
     }
     output.write(PREDICTIONS, encode_parquet(predictions))
     output.write(REPORT, report.encode())
     output.write(METRICS, encode_json(document))
-    return _result(metrics, diagnosis, output=output, seconds=time.perf_counter() - started)
+    return _result(metrics, diagnosis, evaluation, output=output)
 
 
 def _check_classes(spec: BundleSpec, manifest: Manifest, *, settings: EvaluateSettings) -> None:
@@ -163,10 +134,13 @@ def _check_classes(spec: BundleSpec, manifest: Manifest, *, settings: EvaluateSe
     )
 
 
-def _predict(split: Split, *, model: Store, data: Store, settings: EvaluateSettings) -> pa.Table:
-    """The predictions of every row, sorted by key. Raises ``CnnrayError`` when a row is missing."""
+def _predict(job: EvaluateJob, spec: BundleSpec) -> tuple[pa.Table, pa.Table]:
+    """The predictions and the errors of all rows, sorted by key.
+
+    Raises ``CnnrayError`` when a row is missing.
+    """
+    split, settings = job.split, job.settings
     tables: list[pa.Table] = []
-    arguments = {"model": model, "data": data, "settings": settings}
     done = 0
     with ProgressLine(
         total=split.num_samples,
@@ -176,35 +150,84 @@ def _predict(split: Split, *, model: Store, data: Store, settings: EvaluateSetti
     ) as progress:
         for table in map_units(
             _units(split),
-            [inference_stage(EvaluateActor, arguments, settings.scaling)],
+            plan_stages(job, settings),
             stall_seconds=settings.cluster.stall_seconds,
+            block_bytes=decoded_block_bytes(job.fit(spec), settings),
         ):
             tables.append(table)
             done += table.num_rows
             progress.update(done)
-    predictions = pa.concat_tables(tables).sort_by("key")
-    distinct = len(predictions["key"].unique())
-    if not distinct == predictions.num_rows == split.num_samples:
+    rows = pa.concat_tables(tables).sort_by("key")
+    distinct = len(rows["key"].unique())
+    if not distinct == rows.num_rows == split.num_samples:
         raise CnnrayError(
-            f"{predictions.num_rows} rows of {distinct} keys were evaluated,"
+            f"{rows.num_rows} rows of {distinct} keys were evaluated,"
             f" the split has {split.num_samples}"
         )
-    return predictions
+    predictions, errors = split_answers(rows)
+    if not predictions.num_rows:
+        raise DataError(
+            f"none of the {rows.num_rows:,} images can be decoded: {_describe(errors)}",
+            hint="pack the dataset again",
+        )
+    return predictions, errors
 
 
 def _units(split: Split) -> list[pa.Table]:
-    units = [
-        {
-            "path": shard.path,
-            "row_group": group,
-            "start": start,
-            "stop": min(start + UNIT_ROWS, num_rows),
-        }
-        for shard in split.files
-        for group, num_rows in enumerate(shard.row_groups)
-        for start in range(0, num_rows, UNIT_ROWS)
-    ]
-    return [pa.Table.from_pylist([unit]) for unit in units]
+    """Every row of a split once; a table has several units where there would be too many."""
+    units = pa.Table.from_pylist(
+        [
+            {
+                "path": shard.path,
+                "row_group": group,
+                "start": start,
+                "stop": min(start + UNIT_ROWS, num_rows),
+            }
+            for shard in split.files
+            for group, num_rows in enumerate(shard.row_groups)
+            for start in range(0, num_rows, UNIT_ROWS)
+        ]
+    )
+    size = -(-units.num_rows // MAX_UNITS)
+    return [units.slice(first, size) for first in range(0, units.num_rows, size)]
+
+
+def _describe(errors: pa.Table) -> str:
+    """How many errors there are of each code."""
+    counts = sorted(Counter(errors["error_code"].to_pylist()).items())
+    return ", ".join(f"{code} {number:,}" for code, number in counts)
+
+
+def _engine_facts(engine: CheckedEngine) -> dict[str, str]:
+    if engine.choice.is_reference:
+        return {}
+    return {"engine": f"{engine.choice}, {engine.agreement}"}
+
+
+def _error_facts(errors: pa.Table, split: Split) -> dict[str, str]:
+    if not errors.num_rows:
+        return {}
+    left_out = f"{errors.num_rows:,} of {split.num_samples:,} images, which cannot be decoded"
+    return {"left out": f"{left_out}: {_describe(errors)}"}
+
+
+def _require_few_errors(
+    errors: pa.Table, split: Split, *, settings: EvaluateSettings, result: dict[str, Any]
+) -> None:
+    """Raise ``TooManyBadImagesError`` beyond the budget."""
+    if not errors.num_rows:
+        return
+    said = (
+        f"{errors.num_rows:,} of {split.num_samples:,} images cannot be decoded any more,"
+        f" {errors['key'][0].as_py()!r} first ({_describe(errors)})"
+    )
+    if settings.budget.exceeded(bad=errors.num_rows, total=split.num_samples):
+        raise TooManyBadImagesError(
+            f"{said}: see errors in {result['metrics']}",
+            hint="the rest is evaluated; raise --budget.max_fraction to accept it",
+            result=result,
+        )
+    logger.warning("%s", printable(said))
 
 
 def _mistakes(
@@ -282,7 +305,7 @@ def _facts(
 
 
 def _result(
-    metrics: Metrics, diagnosis: Sequence[Finding], *, output: Store, seconds: float
+    metrics: Metrics, diagnosis: Sequence[Finding], evaluation: Evaluation, *, output: Store
 ) -> dict[str, Any]:
     values = metrics.to_dict()
     logger.info(
@@ -308,8 +331,11 @@ def _result(
     )
     return {
         **{name: values[name] for name in names},
+        "errors": evaluation.errors.num_rows,
+        "engine": str(evaluation.engine.choice),
+        "agreement": evaluation.engine.agreement and evaluation.engine.agreement.fraction,
         "diagnosis": [finding.to_dict() for finding in diagnosis],
+        "metrics": f"{output.uri}/{METRICS}",
         "report": f"{output.uri}/{REPORT}",
         "predictions": f"{output.uri}/{PREDICTIONS}",
-        "seconds": round(seconds, 1),
     }

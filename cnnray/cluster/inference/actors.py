@@ -11,8 +11,7 @@ import ray
 import torch
 
 from cnnray.labeling.decoding import Sample, SampleDecoder
-from cnnray.labeling.labeler import Labeler
-from cnnray.labeling.prediction import Predictor
+from cnnray.labeling.labeler import Labeler, RowPredictor, with_columns
 from cnnray.process import keep_freed_memory
 
 
@@ -28,7 +27,7 @@ class InferenceJob(Protocol):
 
     @property
     def kept(self) -> Sequence[str]:
-        """Columns of a reader's rows that stay beside the answers."""
+        """Columns of a reader's rows that stay beside the decoded images and the answers."""
 
     def open_reader(self) -> UnitReader:
         """What reads in a worker."""
@@ -36,7 +35,7 @@ class InferenceJob(Protocol):
     def open_decoder(self, *, careful: bool) -> SampleDecoder:
         """What decodes in a worker."""
 
-    def open_predictor(self) -> Predictor:
+    def open_predictor(self) -> RowPredictor:
         """What computes in a worker."""
 
 
@@ -46,12 +45,13 @@ class LabelActor:
     def __init__(self, *, job: InferenceJob) -> None:
         self.reader = job.open_reader()
         self.labeler = Labeler(_open_decoder(job), job.open_predictor())
-        self.kept = job.kept
+        self.kept = list(job.kept)
 
     def __call__(self, units: pa.Table) -> Iterator[pa.Table]:
         """Answers for the rows of some units."""
         for rows, samples in self.reader.read(units):
-            yield _with_columns(self.labeler.label(samples), rows, self.kept)
+            answers = self.labeler.label(samples, rows.select(self.kept))
+            yield with_columns(answers, rows, self.kept)
 
 
 class DecodeActor:
@@ -61,12 +61,12 @@ class DecodeActor:
         set_up_actor(use_gpu=False)
         self.reader = job.open_reader()
         self.decoder = _open_decoder(job)
-        self.kept = job.kept
+        self.kept = list(job.kept)
 
     def __call__(self, units: pa.Table) -> Iterator[pa.Table]:
         """Decoded rows of some units."""
         for rows, samples in self.reader.read(units):
-            yield _with_columns(self.decoder.decode(list(samples)), rows, self.kept)
+            yield with_columns(self.decoder.decode(list(samples)), rows, self.kept)
 
 
 class PredictActor:
@@ -74,11 +74,11 @@ class PredictActor:
 
     def __init__(self, *, job: InferenceJob) -> None:
         self.predictor = job.open_predictor()
-        self.kept = job.kept
+        self.kept = list(job.kept)
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
         """Answers for decoded rows."""
-        return _with_columns(self.predictor.predict(decoded), decoded, self.kept)
+        return with_columns(self.predictor.predict(decoded), decoded, self.kept)
 
 
 def set_up_actor(*, use_gpu: bool) -> torch.device:
@@ -91,9 +91,3 @@ def set_up_actor(*, use_gpu: bool) -> torch.device:
 def _open_decoder(job: InferenceJob) -> SampleDecoder:
     # An actor that died may have been killed by an image, which it will be given again.
     return job.open_decoder(careful=ray.get_runtime_context().was_current_actor_reconstructed)
-
-
-def _with_columns(answers: pa.Table, rows: pa.Table, names: Sequence[str]) -> pa.Table:
-    for name in names:
-        answers = answers.append_column(name, rows[name])
-    return answers

@@ -1,4 +1,4 @@
-"""The pack job: listing and shard writing are Ray tasks; the driver holds names, never images."""
+"""The pack job: workers list and write shards; the driver holds names, never images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from cnnray.cluster.core.session import ray_cluster
-from cnnray.cluster.core.tasks import run_tasks
+from cnnray.cluster.core.streaming import is_retried, map_items
 from cnnray.cluster.pack.listing import list_entries
 from cnnray.config import PackSettings
 from cnnray.console import ProgressLine
@@ -22,10 +22,9 @@ from cnnray.datasets.manifest import (
     read_manifest,
 )
 from cnnray.datasets.packing import PackPlan, build_manifest, plan_pack
-from cnnray.datasets.shards import PackedShard, pack_shard
+from cnnray.datasets.shards import PackedShard, ShardPlan, pack_shard
 from cnnray.datasets.sources import Source, open_source
 from cnnray.errors import AlreadyExistsError, TooManyBadImagesError, UsageError
-from cnnray.images.decode import DecodeLimits
 from cnnray.storage import Store, encode_parquet, open_store, sha256
 
 logger = logging.getLogger(__name__)
@@ -95,22 +94,29 @@ def _pack_shards(
         source=source,
         store=output,
         classes=plan.classes,
-        limits=DecodeLimits(**settings.limits.model_dump()),
+        limits=settings.limits,
+        decode_seconds=settings.decode_seconds,
         replace=settings.overwrite,
     )
-    packed: dict[str, PackedShard] = {}
+
+    def write_safely(shard: ShardPlan) -> PackedShard:
+        # A worker that died before may have been killed by an image of this shard.
+        return write(shard, careful=is_retried())
+
+    packed: dict[int, PackedShard] = {}
     total = sum(shard.entries.num_rows for shard in plan.shards)
     done = rejected = 0
     with ProgressLine(
         total=total, unit="images", label="pack", seconds=settings.cluster.progress_seconds
     ) as progress:
-        tasks = run_tasks(write, plan.shards, stall_seconds=settings.cluster.stall_seconds)
-        for shard, result in tasks:
-            packed[shard.path] = result
-            done += shard.entries.num_rows
+        for number, result in map_items(
+            write_safely, plan.shards, stall_seconds=settings.cluster.stall_seconds
+        ):
+            packed[number] = result
+            done += plan.shards[number].entries.num_rows
             rejected += result.rejected.num_rows
             progress.update(done, f"{rejected:,} rejected")
-    return [packed[shard.path] for shard in plan.shards]
+    return [packed[number] for number in range(len(plan.shards))]
 
 
 def _publish(

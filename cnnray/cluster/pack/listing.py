@@ -1,10 +1,10 @@
-"""Listing a source: its partitions are listed by Ray tasks, the driver gets their entries."""
+"""Listing a source: workers list its partitions, the driver gets their entries."""
 
 from __future__ import annotations
 
 import pyarrow as pa
 
-from cnnray.cluster.core.tasks import run_tasks
+from cnnray.cluster.core.streaming import map_items
 from cnnray.console import ProgressLine
 from cnnray.datasets.sources import Source
 from cnnray.schema import ENTRY_SCHEMA
@@ -19,7 +19,7 @@ def list_entries(source: Source, *, stall_seconds: float) -> pa.Table:
 
     tables: dict[int, pa.Table] = {}
     with ProgressLine(total=len(partitions), unit="folders", label="list", seconds=10) as progress:
-        for number, table in run_tasks(
+        for number, table in map_items(
             list_partition, range(len(partitions)), stall_seconds=stall_seconds
         ):
             tables[number] = table

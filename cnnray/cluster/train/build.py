@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -36,6 +37,8 @@ from cnnray.training.resizing import Resizing
 from cnnray.training.schedules import learning_rate_factor, peak_learning_rate
 from cnnray.training.sharding import shard
 
+LearningRate = Callable[[int], float]
+
 
 @dataclass(frozen=True)
 class TrainJob:
@@ -48,7 +51,7 @@ class TrainJob:
     run: Store
     order_log: Store | None
     threads: int
-    board: Any
+    mailbox: Any  # the handle of a Mailbox
     teacher: TeacherBundle | None = None
 
 
@@ -71,23 +74,13 @@ def build_trainer(job: TrainJob, checkpoint: Checkpoint | None) -> Trainer:
     if checkpoint is not None:
         restore_optimizer(optimizer, checkpoint.optimizer)
         precision.scaler.load_state_dict(checkpoint.scaler)
-    order = plan_order(job, epoch=0)
-
-    schedule = settings.schedule.model_dump(exclude={"warmup_epochs"}) | {
-        "total_steps": order.num_steps * settings.epochs,
-        "warmup_steps": round(order.num_steps * settings.schedule.warmup_epochs),
-    }
-    peak = peak_learning_rate(
-        settings.optimizer.lr,
-        global_batch_size=settings.global_batch_size,
-        reference_batch=settings.optimizer.lr_reference_batch,
-    )
+    order, class_counts = plan_order(job, epoch=0), job.train.split.class_counts
     return Trainer(
         model=model,
         optimizer=optimizer,
-        loss=_build_loss(job, device, label_smoothing=settings.loss.label_smoothing),
-        eval_loss=_build_loss(job, device, label_smoothing=0.0),
-        learning_rate=lambda step: peak * learning_rate_factor(step, **schedule),
+        loss=make_loss(settings, class_counts, device),
+        eval_loss=make_loss(settings, class_counts, device, is_smoothed=False),
+        learning_rate=make_learning_rate(settings, steps_per_epoch=order.num_steps),
         device=device,
         precision=precision,
         step=checkpoint.step if checkpoint else 0,
@@ -97,7 +90,7 @@ def build_trainer(job: TrainJob, checkpoint: Checkpoint | None) -> Trainer:
         if settings.model.frozen_epochs
         else None,
         average=average,
-        transform=_build_transform(job, steps_per_epoch=order.num_steps),
+        transform=make_batch_transform(settings, job.network, steps_per_epoch=order.num_steps),
         distillation=_build_distillation(job, precision, device),
     )
 
@@ -124,14 +117,29 @@ def _num_workers() -> int:
     return number
 
 
-def _build_transform(job: TrainJob, *, steps_per_epoch: int) -> BatchTransform | None:
-    settings = job.settings
+def make_learning_rate(settings: TrainSettings, *, steps_per_epoch: int) -> LearningRate:
+    """The learning rate at each step of the run, from 0 on."""
+    schedule = settings.schedule.model_dump(exclude={"warmup_epochs"}) | {
+        "total_steps": steps_per_epoch * settings.epochs,
+        "warmup_steps": round(steps_per_epoch * settings.schedule.warmup_epochs),
+    }
+    peak = peak_learning_rate(
+        settings.optimizer.lr,
+        global_batch_size=settings.global_batch_size,
+        reference_batch=settings.optimizer.lr_reference_batch,
+    )
+    return lambda step: peak * learning_rate_factor(step, **schedule)
+
+
+def make_batch_transform(
+    settings: TrainSettings, network: Network, *, steps_per_epoch: int
+) -> BatchTransform | None:
+    """What changes whole batches, if anything."""
     transforms: list[BatchTransform] = []
     if settings.image.progressive < 1:
-        transforms.append(plan_resizing(settings, job.network, steps_per_epoch=steps_per_epoch))
+        transforms.append(plan_resizing(settings, network, steps_per_epoch=steps_per_epoch))
     if settings.mix.mixup_alpha or settings.mix.cutmix_alpha:
-        num_classes = len(job.network.classes)
-        transforms.append(Mixing(num_classes, settings.seed, **settings.mix.model_dump()))
+        transforms.append(Mixing(len(network.classes), settings.seed, **settings.mix.model_dump()))
     return in_turn(transforms) if transforms else None
 
 
@@ -145,17 +153,23 @@ def plan_resizing(settings: TrainSettings, network: Network, *, steps_per_epoch:
     )
 
 
-def _build_loss(job: TrainJob, device: torch.device, *, label_smoothing: float) -> Loss:
-    settings = job.settings
+def make_loss(
+    settings: TrainSettings,
+    class_counts: Sequence[int],
+    device: torch.device,
+    *,
+    is_smoothed: bool = True,
+) -> Loss:
+    """The loss of each sample; that of validation is not smoothed."""
     loss = build_loss(
         "focal" if settings.imbalance.method == "focal" else settings.loss.name,
-        label_smoothing=label_smoothing,
+        label_smoothing=settings.loss.label_smoothing if is_smoothed else 0.0,
         focal_gamma=settings.loss.focal_gamma,
     )
     return balance_loss(
         loss,
         **settings.imbalance.model_dump(),
-        class_counts=job.train.split.class_counts,
+        class_counts=class_counts,
         device=device,
     )
 

@@ -7,15 +7,15 @@ import math
 
 import ray
 
+from cnnray.cluster.core.nodes import read_nodes
 from cnnray.cluster.core.ordered import ReadAhead
-from cnnray.cluster.core.resources import node_resources
 from cnnray.cluster.train.ingest import SplitFeed, StreamedSplit, balance, decode_once
 from cnnray.cluster.train.reading import SplitReader
 from cnnray.config import TrainSettings
 from cnnray.datasets.manifest import Manifest, get_split
 from cnnray.datasets.sampling import PlainSampler
-from cnnray.images.augment import Augmentation, TrainTransform
-from cnnray.images.decode import DecodeLimits
+from cnnray.images.augment import TrainTransform
+from cnnray.options import Augmentation
 from cnnray.storage import Store
 from cnnray.training.network import Network
 
@@ -52,28 +52,32 @@ def make_feeds(
     return _decode_what_fits(feeds, settings, network)
 
 
+def make_transforms(settings: TrainSettings, network: Network) -> dict[str, TrainTransform]:
+    """What becomes of the images of each split. Raises ``SettingsError`` for a pad too large."""
+    return {
+        split: TrainTransform(
+            network.preprocessing, augmentation, seed=settings.seed, limits=settings.limits
+        )
+        for split, augmentation in (("val", Augmentation()), ("train", settings.augment))
+    }
+
+
 def _readers(
     data: Store, manifest: Manifest, settings: TrainSettings, network: Network
 ) -> dict[str, SplitReader]:
     """Of the splits that there are: validation, if any, and training."""
-    train = Augmentation(**settings.augment.model_dump(exclude={"repeats"}))
-    augmentations = {"val": Augmentation(), "train": train}
+    transforms = make_transforms(settings, network)
     if manifest.splits["val"].num_samples == 0:
         logger.warning("no validation split: the best epoch is chosen by its training loss")
-        del augmentations["val"]
+        del transforms["val"]
     return {
         split: SplitReader(
             store=data,
             split=get_split(manifest, split, uri=settings.data),
-            transform=TrainTransform(
-                network.preprocessing,
-                augmentation,
-                seed=settings.seed,
-                limits=DecodeLimits(**settings.limits.model_dump()),
-            ),
+            transform=transform,
             repeats=settings.augment.repeats if split == "train" else 1,
         )
-        for split, augmentation in augmentations.items()
+        for split, transform in transforms.items()
     }
 
 
@@ -101,7 +105,7 @@ def _decode_what_fits(
 
     They take half of a node's object store at most: what tasks read needs some of it, too.
     """
-    room = min(node.get("object_store_memory", 0.0) for node in node_resources()) / 2
+    room = min(node.resources.get("object_store_memory", 0.0) for node in read_nodes()) / 2
     room = min(room, settings.ingest.decoded_bytes)
     ready = dict(feeds)
     for name, feed in feeds.items():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
+from cnnray.cluster.core.messages import Message
 from cnnray.console import ProgressLine, format_seconds
 from cnnray.training.loop import EpochResult
 from cnnray.training.progress import Beginning, Progress
@@ -23,8 +23,8 @@ class TrainingDisplay(ProgressLine):
         super().__init__(total=0, unit="step", label="train", seconds=seconds)
         self.on_epoch = on_epoch
 
-    def show(self, message: Any) -> None:
-        """A ``Beginning``, a ``Progress``, an ``EpochResult`` or the text of a warning."""
+    def show(self, message: Message) -> None:
+        """Print a message, and hand on an ``EpochResult``."""
         if isinstance(message, str):
             logger.warning("%s", message)
         elif isinstance(message, Beginning):

@@ -20,14 +20,16 @@ import torch.distributed
 
 from cnnray import __version__
 from cnnray.cluster.core.failures import find_cause, last_line
-from cnnray.cluster.core.messages import BoardReader, start_board
-from cnnray.cluster.core.resources import WorkerResources, node_resources, plan_workers
+from cnnray.cluster.core.growth import fit
+from cnnray.cluster.core.messages import MailboxReader, start_mailbox
+from cnnray.cluster.core.nodes import read_nodes
+from cnnray.cluster.core.resources import WorkerPlan, plan_workers, worker_bundles
 from cnnray.cluster.core.session import ray_cluster
 from cnnray.cluster.train.build import TrainJob
 from cnnray.cluster.train.data import make_feeds
 from cnnray.cluster.train.display import OnEpoch, TrainingDisplay
 from cnnray.cluster.train.elastic.policy import (
-    ElasticTrainer,
+    ElasticRules,
     find_lack_of_workers,
     plan_failures,
     plan_scaling,
@@ -67,10 +69,10 @@ def train(settings: TrainSettings, *, on_epoch: OnEpoch = lambda result: None) -
     started = time.perf_counter()
     plan = plan_training(settings)
     with ray_cluster(settings.cluster):
-        resources = plan_workers(settings.scaling)
+        workers = _fit_workers(settings)
         _warn_of_local_paths(settings)
         feeds = make_feeds(
-            plan.data, plan.manifest, settings, plan.network, num_workers=resources.num_workers
+            plan.data, plan.manifest, settings, plan.network, num_workers=workers.num_workers
         )
         job = TrainJob(
             settings=settings,
@@ -79,8 +81,8 @@ def train(settings: TrainSettings, *, on_epoch: OnEpoch = lambda result: None) -
             val=feeds.get("val"),
             run=plan.run,
             order_log=None if settings.order_log is None else open_store(settings.order_log),
-            threads=resources.threads,
-            board=start_board(),
+            threads=workers.threads,
+            mailbox=start_mailbox(),
             teacher=plan.teacher,
         )
         logger.info(
@@ -90,16 +92,27 @@ def train(settings: TrainSettings, *, on_epoch: OnEpoch = lambda result: None) -
             len(plan.manifest.classes),
             plan.network.preprocessing.size,
             settings.scaling.num_workers,
-            resources.cpus,
-            resources.threads,
+            workers.cpus,
+            workers.threads,
         )
         with _open_tracking(job, plan.output) as tracking:
-            _fit(job, resources, on_epoch=_in_turn(tracking.epoch, on_epoch))
+            _fit(job, workers, on_epoch=_in_turn(tracking.epoch, on_epoch))
             return _finish(job, plan, tracking, started=started)
 
 
+def _fit_workers(settings: TrainSettings) -> WorkerPlan:
+    """The workers, once the cluster holds the least number of them."""
+    bundles = worker_bundles(settings.scaling)
+    return fit(
+        lambda capacity: plan_workers(settings.scaling, capacity),
+        need=bundles[0],
+        bundles=lambda _: bundles,
+        cluster=settings.cluster,
+    )
+
+
 def _warn_of_local_paths(settings: TrainSettings) -> None:
-    if len(node_resources()) > 1 and not settings.output.startswith("s3://"):
+    if len(read_nodes()) > 1 and not settings.output.startswith("s3://"):
         logger.warning(
             "%s is a local path on a cluster: every node must see the same folder", settings.output
         )
@@ -125,19 +138,18 @@ def _in_turn(*listeners: OnEpoch) -> OnEpoch:
     return tell
 
 
-def _fit(job: TrainJob, resources: WorkerResources, *, on_epoch: OnEpoch) -> None:
+def _fit(job: TrainJob, workers: WorkerPlan, *, on_epoch: OnEpoch) -> None:
     """Run the workers to the end; raises what stopped them."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
     with tempfile.TemporaryDirectory(prefix="cnnray-train-") as ray_state:
-        trainer = ElasticTrainer(
-            train_worker,
-            resources=resources,
-            wait_seconds=job.settings.cluster.stall_seconds,
+        trainer = _make_trainer(
+            job,
+            workers,
             train_loop_config={"job": job},
             torch_config=ray.train.torch.TorchConfig(
                 timeout_s=int(job.settings.cluster.stall_seconds)
             ),
-            scaling_config=plan_scaling(job.settings.scaling, resources),
+            scaling_config=plan_scaling(job.settings.scaling, workers),
             run_config=ray.train.RunConfig(
                 name="cnnray",
                 storage_path=ray_state,  # checkpoints are ours; Ray keeps only its own notes here
@@ -149,16 +161,28 @@ def _fit(job: TrainJob, resources: WorkerResources, *, on_epoch: OnEpoch) -> Non
         )
         with (
             TrainingDisplay(job.settings.cluster.progress_seconds, on_epoch) as display,
-            BoardReader(job.board, display.show),
+            MailboxReader(job.mailbox, display.show),
         ):
             try:
                 trainer.fit()
             except Exception as error:
                 cause = find_cause(error) or find_lack_of_workers(error)
                 raise cause or _worker_failure(error) from error
-        failure = ray.get(job.board.get_failure.remote(), timeout=60)
+        failure = ray.get(job.mailbox.get_failure.remote(), timeout=60)
         if failure is not None:
             raise failure
+
+
+def _make_trainer(
+    job: TrainJob, workers: WorkerPlan, **options: Any
+) -> ray.train.torch.TorchTrainer:
+    scaling = job.settings.scaling
+    if not scaling.is_elastic:
+        return ray.train.torch.TorchTrainer(train_worker, **options)
+    from cnnray.cluster.train.elastic.ray_internals import ElasticTrainer
+
+    rules = ElasticRules(scaling, workers, wait_seconds=job.settings.cluster.stall_seconds)
+    return ElasticTrainer(train_worker, rules=rules, **options)
 
 
 def _worker_failure(error: Exception) -> CnnrayError:

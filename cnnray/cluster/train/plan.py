@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cnnray.cluster.train.build import make_optimizer, plan_resizing
+from cnnray.cluster.train.data import make_transforms
 from cnnray.config import TrainSettings, absolute_path
 from cnnray.datasets.manifest import Manifest, get_split, read_manifest
 from cnnray.datasets.order import NUM_LANES
@@ -132,7 +133,8 @@ def _plan_network(settings: TrainSettings, manifest: Manifest) -> Network:
 
 
 def _try_network(network: Network, settings: TrainSettings) -> None:
-    """Find a wrong name, size, weights file or optimizer before anything is started."""
+    """Find a wrong name, size, pad, weights file or optimizer before anything is started."""
+    make_transforms(settings, network)
     classifier = network.build()
     make_optimizer(settings, classifier)
     if settings.image.progressive < 1:

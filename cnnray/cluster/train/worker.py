@@ -13,9 +13,9 @@ import torch
 import torch.distributed
 
 from cnnray.cluster.core.failures import find_cause
-from cnnray.cluster.core.messages import BoardHandler
+from cnnray.cluster.core.messages import MailboxHandler
 from cnnray.cluster.train.build import TrainJob, build_trainer, plan_order
-from cnnray.cluster.train.elastic.preemption import NOTICES
+from cnnray.cluster.train.elastic.preemption import PREEMPTION
 from cnnray.config import TrainSettings
 from cnnray.datasets.order import Unit, assemble, lanes_of
 from cnnray.datasets.sampling import spread_copies
@@ -52,8 +52,12 @@ def train_worker(config: Mapping[str, Any]) -> None:
     keep_freed_memory()
     torch.set_num_threads(job.threads)
     if rank == 0:
-        logging.getLogger("cnnray").addHandler(BoardHandler(job.board))
-    if ray.get(job.board.get_failure.remote(), timeout=60) is not None:
+        logging.getLogger("cnnray").addHandler(MailboxHandler(job.mailbox))
+    if job.settings.scaling.is_elastic:
+        from cnnray.cluster.train.elastic.ray_internals import find_preempted_nodes
+
+        PREEMPTION.watch(find_preempted_nodes)
+    if ray.get(job.mailbox.get_failure.remote(), timeout=60) is not None:
         return  # restarted, but for a reason that a restart does not cure
     try:
         _train(job, rank=rank, num_workers=num_workers)
@@ -61,7 +65,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
         cause = find_cause(error)
         if cause is None or isinstance(cause, StorageError):
             raise  # a lost worker, a store that is out of reach: a restart may help
-        ray.get(job.board.fail.remote(cause), timeout=60)
+        ray.get(job.mailbox.fail.remote(cause), timeout=60)
         if not isinstance(cause, NonFiniteLossError):
             raise  # on this rank alone: ends the others, too
 
@@ -98,7 +102,7 @@ def _train(job: TrainJob, *, rank: int, num_workers: int) -> None:
             num_workers=num_workers,
             reduce=reduce,
             report_seconds=settings.cluster.progress_seconds,
-            on_progress=lambda progress: job.board.post.remote(progress) if rank == 0 else None,
+            on_progress=lambda progress: job.mailbox.post.remote(progress) if rank == 0 else None,
         ):
             place = reached if isinstance(reached, Place) else None
             if isinstance(reached, EpochResult):
@@ -110,7 +114,7 @@ def _train(job: TrainJob, *, rank: int, num_workers: int) -> None:
             clock.restart()
             if isinstance(reached, EpochResult):
                 if rank == 0:
-                    job.board.post.remote(reached)
+                    job.mailbox.post.remote(reached)
                 ray.train.report(_numbers(history[-1]))
                 if _is_over(settings, history):
                     break
@@ -118,17 +122,17 @@ def _train(job: TrainJob, *, rank: int, num_workers: int) -> None:
 
 def _begin(job: TrainJob, begin: Place, *, num_workers: int) -> None:
     """Say where this group of workers begins, and let the order log end there."""
-    job.board.post.remote(Beginning(num_workers, begin.epoch, begin.step))
+    job.mailbox.post.remote(Beginning(num_workers, begin.epoch, begin.step))
     if job.order_log is not None:
         remove_order(job.order_log, begin=begin)
 
 
 def _cadence(settings: TrainSettings, clock: Interval, *, rank: int) -> Cadence:
-    """When to write a checkpoint inside an epoch; of clocks and notices, those of rank 0 count."""
+    """When to write a checkpoint inside an epoch; the clock and the requests of rank 0 count."""
     every_steps = settings.checkpoint.every_steps
     if rank > 0:
         return Cadence(every_steps)
-    return Cadence(every_steps, lambda: clock.is_over() or NOTICES.is_wished())
+    return Cadence(every_steps, lambda: clock.is_over() or PREEMPTION.checkpoint_requested())
 
 
 def _load_together(job: TrainJob, *, rank: int, reduce: Reduce) -> Checkpoint | None:
@@ -197,7 +201,7 @@ def _save(
     if rank == 0 or is_sharded(trainer.model):
         state = _state(trainer, history, place)
         if rank == 0:
-            NOTICES.follow(writer.save(state), step=trainer.step)
+            PREEMPTION.track(writer.save(state), step=trainer.step)
 
 
 def _state(trainer: Trainer, history: list[dict[str, Any]], place: Place | None) -> Checkpoint:

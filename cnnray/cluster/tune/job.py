@@ -16,12 +16,19 @@ import ray.tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from cnnray import __version__
-from cnnray.cluster.core.resources import node_resources, share_of_cpus
+from cnnray.cluster.core.growth import fit, gather, read_capacity
+from cnnray.cluster.core.resources import Capacity, plan_trials, worker_bundles
 from cnnray.cluster.core.session import ray_cluster
 from cnnray.cluster.train.job import train
 from cnnray.cluster.train.plan import claim_settings, run_folder
 from cnnray.cluster.tune.trials import SCORE, TrialLog, TrialSearcher, run_trial
-from cnnray.config import TrainSettings, TuneSettings, build_settings, check_names
+from cnnray.config import (
+    ScalingSettings,
+    TrainSettings,
+    TuneSettings,
+    build_settings,
+    check_names,
+)
 from cnnray.datasets.manifest import read_manifest
 from cnnray.errors import DataError, IncompleteError, SettingsError, UsageError
 from cnnray.models.bundle import DOCUMENT_KEY, WEIGHTS_KEY, delete_bundle, load_bundle
@@ -44,6 +51,8 @@ from cnnray.tuning.trials import Trial, begun_points, rank, trial_store
 logger = logging.getLogger(__name__)
 
 SETTINGS_KEY = "tuning.json"
+GATHER_SECONDS = 120.0
+"""Without a new node, after which a search starts with fewer trials at a time than it could run."""
 
 OWN = {"config", "data", "output", "run_name", "overwrite", "order_log"}
 OWN |= {"cluster", "scaling", "ingest", "checkpoint", "tracking"}
@@ -153,23 +162,27 @@ def _claim_output(
 def plan_concurrency(settings: TuneSettings) -> tuple[TuneSettings, int]:
     """How many trials run at a time, and settings that give each its part of the cluster.
 
-    On GPUs as many as their workers find one each; on CPUs as many as leave every worker a CPU and
-    as much for reading.
+    A cluster that can grow is asked for room for all of them, and for one it is waited as long as
+    it takes. Raises ``SettingsError`` where one trial will never fit, and ``IncompleteError``.
     """
-    scaling, nodes = settings.scaling, node_resources()
-    places = sum(node.get("GPU" if scaling.use_gpu else "CPU", 0.0) for node in nodes)
-    each = scaling.max_workers * (1 if scaling.use_gpu else 2 * (scaling.cpus_per_worker or 1))
-    fit = int(places // each)
-    concurrent = settings.max_concurrent or max(1, min(fit, settings.trials))
-    cores = (os.cpu_count() or 1) * len(nodes)
-    workers = scaling.max_workers * concurrent
-    shared = scaling.model_copy(
-        update={
-            "cpus_per_worker": scaling.cpus_per_worker
-            or share_of_cpus(nodes, workers, use_gpu=scaling.use_gpu),
-            "threads_per_worker": scaling.threads_per_worker or max(1, cores // workers),
-        }
-    )
+    scaling = settings.scaling
+    trial = worker_bundles(scaling)
+
+    def plan(capacity: Capacity) -> tuple[int, ScalingSettings]:
+        return plan_trials(
+            scaling, capacity, trials=settings.trials, concurrent=settings.max_concurrent
+        )
+
+    need = trial[0]
+    concurrent, shared = fit(plan, need=need, bundles=lambda _: trial, cluster=settings.cluster)
+    capacity = read_capacity()
+    wanted, _ = plan(capacity.largest(need))
+    if (
+        capacity.max_more
+        and wanted > plan_trials(scaling, capacity, trials=settings.trials, concurrent=None)[0]
+    ):
+        gather(trial * wanted, cluster=settings.cluster, seconds=GATHER_SECONDS)
+        concurrent, shared = plan(read_capacity())
     return settings.model_copy(update={"scaling": shared}), concurrent
 
 

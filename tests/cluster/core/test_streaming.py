@@ -7,12 +7,24 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
+import ray.data
+from ray.data import DataContext
 
-from cnnray.cluster.core.streaming import Stage, map_units
-from cnnray.errors import CnnrayError, DataError, IncompleteError
+from cnnray.cluster.core import streaming
+from cnnray.cluster.core.streaming import (
+    Pause,
+    Stage,
+    data_context,
+    is_retried,
+    map_items,
+    map_units,
+)
+from cnnray.errors import CnnrayError, DataError, IncompleteError, UnavailableError
 
 pytestmark = [
     pytest.mark.ray,
@@ -142,9 +154,21 @@ def test_an_actor_that_finds_no_room_holds_nothing_up():
     assert numbers(map_units(tables(12), [stage], stall_seconds=60)) == list(range(12))
 
 
+def test_a_pool_grows_while_there_is_work_for_more(tmp_path):
+    class Named(Noted):
+        def __call__(self, table: pa.Table) -> pa.Table:
+            time.sleep(0.2)
+            (tmp_path / str(os.getpid())).touch()
+            return table
+
+    stage = Stage(Named, {"folder": tmp_path}, 1, 2, 1.0)
+    assert len([*map_units(tables(60), [stage], stall_seconds=60)]) == 60
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 class Stuck(Add):
     def __call__(self, table: pa.Table) -> pa.Table:
-        time.sleep(60)
+        time.sleep(12)  # it keeps its CPU for so long, also after the work was given up
         return table
 
 
@@ -153,3 +177,83 @@ def test_nothing_is_waited_for_without_end():
     with pytest.raises(IncompleteError, match="no worker has finished anything for 3 s"):
         numbers(map_units(tables(1), [Stage(Stuck, {}, 1, 1, 1.0)], stall_seconds=3))
     assert time.monotonic() - started < 30
+
+
+class Generous(Add):
+    """Yields two tables of each."""
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        yield table
+        yield pa.table({"n": [table["n"][0].as_py() + 1]})
+
+
+def test_what_a_generator_yields_for_a_unit_comes_as_one_block():
+    [block] = map_units(tables(1), [Stage(Generous, {}, 1, 1, 1.0)], stall_seconds=60)
+    assert block["n"].to_pylist() == [0, 1]
+
+
+def test_items_come_back_with_their_numbers():
+    items = [{"text": "a"}, {"text": "b" * 10}]
+    results = dict(map_items(lambda item: len(item["text"]), items, stall_seconds=60))
+    assert results == {0: 1, 1: 10}
+    assert dict(map_items(len, [], stall_seconds=60)) == {}
+
+
+def test_a_store_that_gave_no_answer_is_asked_again(tmp_path):
+    def ask(number: int) -> int:
+        tries = tmp_path / str(number)
+        if not tries.exists():
+            tries.touch()
+            raise UnavailableError("the store gave no usable answer")
+        return number
+
+    assert sorted(map_items(ask, [0, 1, 2], stall_seconds=60)) == [(0, 0), (1, 1), (2, 2)]
+
+
+def test_an_item_that_kills_every_worker_ends_the_work(tmp_path):
+    def die(number: int) -> None:
+        (tmp_path / str(time.monotonic_ns())).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(IncompleteError, match="a worker failed"):
+        dict(map_items(die, [0], stall_seconds=60))
+    assert len(list(tmp_path.iterdir())) <= 4
+
+
+def test_a_waiting_executor_makes_few_steps():
+    steps = 0
+
+    class Counted(Pause):
+        def on_execution_step(self, executor: Any) -> None:
+            nonlocal steps
+            steps += 1
+            super().on_execution_step(executor)
+
+    context = data_context(
+        stall_seconds=60, ordered=True, read_ahead_bytes=10_000_000, pause=Counted
+    )
+    with DataContext.current(context):
+        dataset = ray.data.range(40, override_num_blocks=40).map_batches(
+            lambda batch: {"x": np.zeros((len(batch["id"]), 4_000_000), np.uint8)},
+            batch_size=None,
+        )
+    blocks = iter(dataset.iter_batches(batch_size=None, batch_format="numpy"))
+    next(blocks)
+    time.sleep(2)  # until its output waits
+    before = steps
+    time.sleep(2)
+    blocks.close()
+    assert 0 < steps - before < 120  # of some 1,200 without the pause
+
+
+def die_first(number: int) -> tuple[int, bool]:
+    """Odd numbers kill the worker that is given them first."""
+    if number % 2 and not is_retried():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 10 * number, is_retried()
+
+
+def test_an_item_whose_worker_died_is_done_again_and_knows_it(monkeypatch):
+    monkeypatch.setattr(streaming, "MAX_UNITS", 3)  # in two executions
+    results = dict(map_items(die_first, range(4), stall_seconds=60))
+    assert results == {0: (0, False), 1: (10, True), 2: (20, False), 3: (30, True)}

@@ -64,6 +64,24 @@ def test_good_and_hostile_files_are_all_accounted_for(painter, pack_settings, tm
         assert (row["width"], row["height"]) == (12, 12)
 
 
+def test_images_that_crash_hang_or_exhaust_their_decoder_are_rejected_with_a_code(
+    painter, pack_settings, tmp_path
+):
+    painter.photos(tmp_path / "photos", 20)
+    codes = painter.poison(tmp_path / "photos/red")
+    result = pack(
+        pack_settings(
+            input=str(tmp_path / "photos"), output=str(tmp_path / "out"), decode_seconds=1
+        )
+    )
+    rejected = pq.read_table(tmp_path / "out/rejected.parquet").to_pylist()
+    assert {row["key"]: (row["stage"], row["error_code"]) for row in rejected} == {
+        f"red/{name}": ("decode", code) for name, code in codes.items()
+    }
+    assert (result["samples"], result["rejected"]) == (60, 3)
+    assert result["seconds"] < 90
+
+
 def test_the_manifest_is_written_last(painter, pack_settings, tmp_path):
     painter.photos(tmp_path / "photos", 20)
     pack(pack_settings(input=str(tmp_path / "photos"), output=str(tmp_path / "out")))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-import cnnray.cluster.train.elastic.policy as elastic
+import cnnray.cluster.train.elastic.policy as policy_module
 import cnnray.cluster.train.plan as plan_module
 from cnnray.training.network import Network
 
@@ -43,7 +43,7 @@ def cluster(ray_session: None) -> Iterator[Any]:
 def network_that(act: Callable[[int], None]) -> type[Network]:
     """It acts before each of its passes in training, which its process counts from 1.
 
-    From its second epoch on it looks after every step whether a checkpoint is wished.
+    From its second epoch on it looks after every step whether a checkpoint is requested.
     """
 
     class ActingNetwork(Network):  # a local class travels to the workers by value
@@ -102,7 +102,7 @@ def test_a_run_begins_with_the_one_worker_that_fits_and_goes_on_with_two_once_a_
     cluster, run_training, trained, monkeypatch, caplog, tmp_path
 ):
     caplog.set_level(logging.INFO, logger="cnnray")
-    monkeypatch.setattr(elastic, "RESIZE_SECONDS", 2.0)
+    monkeypatch.setattr(policy_module, "RESIZE_SECONDS", 2.0)
 
     begun, joined = tmp_path / "begun", tmp_path / "joined"
 
@@ -179,12 +179,12 @@ def test_a_node_that_gives_notice_has_a_checkpoint_written_from_which_another_go
     checkpoint = tmp_path / "model/training/main/epoch-00001-step-00000003/MANIFEST.json"
 
     def wait_for_notice_and_the_end(number: int) -> None:
-        from cnnray.cluster.train.elastic.preemption import leaving_nodes
+        from cnnray.cluster.train.elastic.ray_internals import find_preempted_nodes
 
         deadline = time.monotonic() + 60
         while number == 10 and not gone.exists() and time.monotonic() < deadline:
             begun.touch()
-            if leaving_nodes():
+            if find_preempted_nodes():
                 return
             time.sleep(0.05)
         while number == 11 and not gone.exists() and time.monotonic() < deadline:

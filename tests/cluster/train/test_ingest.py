@@ -18,8 +18,9 @@ from cnnray.datasets.manifest import Shard, Split
 from cnnray.datasets.order import RowGroup, Unit, plan_epoch
 from cnnray.datasets.sampling import BalancedSampler, Picks, PlainSampler, spread_copies
 from cnnray.errors import DataError
-from cnnray.images.augment import Augmentation, TrainTransform
+from cnnray.images.augment import TrainTransform
 from cnnray.images.transforms import Preprocessing
+from cnnray.options import Augmentation
 from cnnray.storage import open_store
 
 LABELS = [0] * 18 + [1] * 2

@@ -1,84 +1,82 @@
-"""Reasons to write a checkpoint now: a node of the group is to go, or the group to be resized."""
+"""When an elastic run writes a checkpoint out of turn: before a node goes, and before a resize."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
+from collections.abc import Callable, Collection
 from concurrent import futures
 from functools import partial
 
 import ray
-from ray.train.v2._internal.execution.context import get_train_context
 
 logger = logging.getLogger(__name__)
 
 FRESH_SECONDS = 10.0
-"""Age of a checkpoint up to which another one is not worth it, unless there is new notice."""
+"""Maximum age of a checkpoint that makes another one needless, unless one more node is to go."""
 
 
-def leaving_nodes() -> list[str]:
-    """Ids of the nodes of this worker's group that Ray has word of: they will be taken away.
+class PreemptionState:
+    """Requests for a checkpoint as rank 0 knows them, and the checkpoints that it has written.
 
-    Ray Train's watcher looks every 5 s and tells every worker. ``ray.train.get_preemption_info``
-    says the same, but it is a barrier over all workers.
+    There are no requests before ``watch`` is called, which elastic runs do.
     """
-    info = get_train_context().preemption_context.preemption_info
-    return [] if info is None else list(info.preempted_node_ids)
-
-
-class Notices:
-    """What rank 0 knows of such reasons, and of the checkpoints that it has written for them."""
 
     def __init__(self) -> None:
-        self.is_asked = False  # by the controller, before it resizes the group
+        self.find_preempted: Callable[[], Collection[str]] = tuple
+        self.resize_requested = False
         self.writing: futures.Future[None] | None = None
-        self.written = -math.inf  # monotonic seconds
+        self.written_at = -math.inf  # monotonic seconds
         self.announced: set[str] = set()
 
-    def is_wished(self) -> bool:
-        """Whether there is a reason, and no checkpoint that will do."""
+    def watch(self, find_preempted: Callable[[], Collection[str]]) -> None:
+        """Take the ids of the group's nodes that are being preempted from this function."""
+        self.find_preempted = find_preempted
+
+    def checkpoint_requested(self) -> bool:
+        """Whether a checkpoint is requested and none is recent enough or being written."""
         if self.writing is not None and not self.writing.done():
             return False
-        leaving = set(leaving_nodes())
-        is_pressing = self.is_asked or bool(leaving)
-        return bool(leaving - self.announced) or (is_pressing and not self.is_fresh())
+        preempted = set(self.find_preempted())
+        is_pending = self.resize_requested or bool(preempted)
+        return bool(preempted - self.announced) or (is_pending and not self.has_fresh_checkpoint())
 
-    def is_fresh(self) -> bool:
-        """Whether a checkpoint has just been written."""
-        return time.monotonic() - self.written < FRESH_SECONDS
+    def has_fresh_checkpoint(self) -> bool:
+        """Whether a checkpoint was written within the last ``FRESH_SECONDS``."""
+        return time.monotonic() - self.written_at < FRESH_SECONDS
 
-    def ask(self) -> bool:
-        """``is_fresh``; if it is not, a checkpoint is wished from now on."""
-        self.is_asked = not self.is_fresh()
-        return not self.is_asked
+    def request_for_resize(self) -> bool:
+        """Whether there is a fresh checkpoint; if not, request one."""
+        self.resize_requested = not self.has_fresh_checkpoint()
+        return not self.resize_requested
 
-    def follow(self, writing: futures.Future[None], *, step: int) -> None:
-        """Take note of a checkpoint that is being written, of the run's ``step``."""
+    def track(self, writing: futures.Future[None], *, step: int) -> None:
+        """Follow the writing of a checkpoint, which was taken at ``step`` of the run."""
         self.writing = writing
-        writing.add_done_callback(partial(self._end, step=step))
+        writing.add_done_callback(partial(self._finish, step=step))
 
-    def _end(self, writing: futures.Future[None], *, step: int) -> None:
+    def _finish(self, writing: futures.Future[None], *, step: int) -> None:
         if writing.cancelled() or writing.exception() is not None:
-            return  # whoever saves the next one is told
-        self.written, self.is_asked = time.monotonic(), False
-        leaving = set(leaving_nodes()) - self.announced
-        self.announced |= leaving
-        for name in node_names(leaving):
+            return  # the error is raised by the next save
+        self.written_at, self.resize_requested = time.monotonic(), False
+        preempted = set(self.find_preempted()) - self.announced
+        self.announced |= preempted
+        for name in node_names(preempted):
             logger.warning("node %s is going away: checkpoint written at step %d", name, step)
 
 
-NOTICES = Notices()
-"""This process's. A worker's process is of one group: a restart begins with new ones."""
+PREEMPTION = PreemptionState()
+"""The state of this process. A worker process serves one group, and a restart begins anew."""
 
 
-def ask_for_checkpoint() -> bool:
-    """Whether there is a fresh one; the controller has rank 0's process run this."""
-    return NOTICES.ask()
+def request_checkpoint() -> bool:
+    """Whether rank 0 has a fresh checkpoint. The controller runs this in rank 0's process."""
+    return PREEMPTION.request_for_resize()
 
 
-def node_names(node_ids: set[str]) -> list[str]:
-    """Their addresses."""
+def node_names(node_ids: Collection[str]) -> list[str]:
+    """The addresses of nodes, sorted; the id of a node that Ray does not know."""
     if not node_ids:
         return []
     names = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}

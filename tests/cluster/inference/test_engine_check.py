@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from cnnray.cluster.classify import engine_check
-from cnnray.cluster.classify.engine_check import CheckedEngine, check_engine
+from cnnray.cluster.inference import engine_check
+from cnnray.cluster.inference.engine_check import CheckedEngine, check_engine
 from cnnray.config import ClassifySettings
 from cnnray.errors import SettingsError
 from cnnray.labeling.agreement import Agreement
@@ -24,7 +24,7 @@ def check(monkeypatch):
             engine_check, "_run_as_worker", lambda job, choice: CheckedEngine(choice, agreement)
         )
         settings = ClassifySettings(model="m", input="i", output="o", engine=engine)
-        return check_engine(SimpleNamespace(settings=settings), choice)
+        return check_engine(SimpleNamespace(settings=settings, is_bound_to_precision=True), choice)
 
     return make
 

@@ -1,4 +1,4 @@
-"""Before a run: its engine is made once for all workers, and its labels are compared with eager's.
+"""Before a job: its engine is made once for all workers, and its labels compared with eager's.
 
 All in one task with the resources of a worker: the head of a cluster may have no GPU, or another
 CPU, and should not be busy.
@@ -7,17 +7,22 @@ CPU, and should not be busy.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import ray
 
-from cnnray.cluster.classify.actors import LabelJob, batch_size_of, make_decoder
 from cnnray.cluster.core.streaming import map_items
-from cnnray.cluster.inference.actors import set_up_actor
+from cnnray.cluster.inference.actors import InferenceJob, set_up_actor
+from cnnray.cluster.inference.choices import batch_size_of, make_decoder
+from cnnray.cluster.inference.stages import plan_stages
+from cnnray.config import InferenceSettings
 from cnnray.errors import SettingsError
-from cnnray.labeling.agreement import Agreement, count_agreement, read_images, sample_plan
+from cnnray.labeling.agreement import Agreement, count_agreement, decode_good
+from cnnray.labeling.decoding import Sample
 from cnnray.models.bundle import load_bundle
 from cnnray.models.engines import (
     EagerEngine,
@@ -26,8 +31,32 @@ from cnnray.models.engines import (
     open_engine,
     prepare_engine,
 )
+from cnnray.storage import Store
 
 logger = logging.getLogger(__name__)
+
+
+class CheckableJob(InferenceJob, Protocol):
+    """A job that can tell what its engine is compared on."""
+
+    @property
+    def model(self) -> Store:
+        """The bundle's store."""
+
+    @property
+    def settings(self) -> InferenceSettings:
+        """How it is to be done."""
+
+    @property
+    def embeddings(self) -> bool:
+        """Whether the engine gives features, too."""
+
+    @property
+    def is_bound_to_precision(self) -> bool:
+        """Whether the job's output is of int8 for good, once that has been asked for."""
+
+    def read_sample(self, size: int) -> Sequence[Sample]:
+        """Some images of the job, ``size`` at most, from all over them; the same every time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +68,8 @@ class CheckedEngine:
     prepared: ray.ObjectRef | None = None
 
 
-def check_engine(job: LabelJob, choice: EngineChoice) -> CheckedEngine:
-    """Make the run's engine and log how many labels of a sample are as in eager.
+def check_engine(job: CheckableJob, choice: EngineChoice) -> CheckedEngine:
+    """Make the job's engine and log how many labels of a sample are as in eager.
 
     Eager itself costs nothing. Raises ``SettingsError`` below ``--engine.min_agreement``, unless
     the choice is content with fp32, and ``ModelError`` for a model that the engine cannot take.
@@ -55,26 +84,26 @@ def check_engine(job: LabelJob, choice: EngineChoice) -> CheckedEngine:
     if agreement.fraction is None or agreement.fraction >= settings.min_agreement:
         return checked
     if choice.or_fp32:
-        logger.info("fewer than %g: labelling in fp32", settings.min_agreement)
+        logger.info("fewer than %g: computing in fp32", settings.min_agreement)
         return check_engine(job, choice.in_fp32)
     raise SettingsError(
         f"engine {choice} gives {agreement}, fewer than --engine.min_agreement"
         f" {settings.min_agreement:g}",
-        hint=_remedy(choice),
+        hint=_remedy(choice, is_bound=job.is_bound_to_precision),
     )
 
 
-def _remedy(choice: EngineChoice) -> str:
+def _remedy(choice: EngineChoice, *, is_bound: bool) -> str:
     other = f"--engine.name {choice.name}" if choice.name == "eager" else "--engine.name eager"
     if choice.precision != "fp32":
         other = "--engine.precision fp32"
-    if choice.precision == "int8":  # the table has been claimed for it
+    if choice.precision == "int8" and is_bound:
         other += " with another --output"
     return f"{other}, or accept them with a lower --engine.min_agreement"
 
 
-def _run_as_worker(job: LabelJob, choice: EngineChoice) -> CheckedEngine:
-    stage = job.plan_stages()[-1]
+def _run_as_worker(job: CheckableJob, choice: EngineChoice) -> CheckedEngine:
+    stage = plan_stages(job, job.settings)[-1]
     [(_, (prepared, agreement))] = map_items(
         partial(_prepare, job),
         [choice],
@@ -86,19 +115,19 @@ def _run_as_worker(job: LabelJob, choice: EngineChoice) -> CheckedEngine:
     return CheckedEngine(prepared.choice, agreement, ray.put(prepared))
 
 
-def _prepare(job: LabelJob, choice: EngineChoice) -> tuple[PreparedEngine, Agreement]:
+def _prepare(job: CheckableJob, choice: EngineChoice) -> tuple[PreparedEngine, Agreement]:
     """The engine, and how its labels agree with eager's; in a process like a worker's."""
     settings = job.settings
     device = set_up_actor(use_gpu=settings.scaling.use_gpu)
     bundle = load_bundle(job.model)
     is_int8 = choice.precision == "int8"
-    entries = sample_plan(job.run.plan, settings.engine.sample * (1 + is_int8))
+    samples = job.read_sample(settings.engine.sample * (1 + is_int8))
     # An image that kills its decoder is left out, too.
     with closing(make_decoder(bundle.spec.preprocessing, settings, careful=True)) as decoder:
-        images = read_images(job.source, entries, decoder)
+        images = decode_good(samples, decoder)
     # int8 is calibrated on every second image and compared on the others.
     calibration = images[1::2] if len(images) > 1 else images
-    embeddings, batch_size = settings.embeddings, batch_size_of(settings)
+    embeddings, batch_size = job.embeddings, batch_size_of(settings)
     prepared = prepare_engine(choice, bundle, embeddings=embeddings, calibration=calibration)
     agreement = count_agreement(
         open_engine(prepared, bundle, device=device, embeddings=embeddings, batch_size=batch_size),
@@ -107,8 +136,3 @@ def _prepare(job: LabelJob, choice: EngineChoice) -> tuple[PreparedEngine, Agree
         batch_size=batch_size,
     )
     return prepared, agreement
-
-
-def with_engine(job: LabelJob, checked: CheckedEngine) -> LabelJob:
-    """The job with workers that use a checked engine."""
-    return replace(job, engine=checked.prepared)

@@ -1,4 +1,4 @@
-"""When notice is given: checkpoints on rank 0, and how the controller counts, waits and resizes."""
+"""Checkpoints out of turn on rank 0, and how the controller counts workers, waits and resizes."""
 
 from __future__ import annotations
 
@@ -15,26 +15,33 @@ from ray.train.v2._internal.execution.controller.state import RunningState
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2.api.preemption import PreemptionInfo
 
-import cnnray.cluster.train.elastic.policy as elastic
-import cnnray.cluster.train.elastic.preemption as notices
+import cnnray.cluster.train.elastic.policy as policy_module
+import cnnray.cluster.train.elastic.preemption as preemption
+import cnnray.cluster.train.elastic.ray_internals as ray_internals
 from cnnray.cluster.core.failures import find_cause
-from cnnray.cluster.core.resources import WorkerResources
-from cnnray.cluster.train.elastic.policy import RoomPolicy, find_lack_of_workers, plan_scaling
-from cnnray.cluster.train.elastic.preemption import Notices
+from cnnray.cluster.core.nodes import ClusterNode
+from cnnray.cluster.core.resources import WorkerPlan
+from cnnray.cluster.train.elastic.policy import ElasticRules, find_lack_of_workers, plan_scaling
+from cnnray.cluster.train.elastic.preemption import PreemptionState
+from cnnray.cluster.train.elastic.ray_internals import ElasticPolicy
 from cnnray.config import ScalingSettings
 from cnnray.errors import IncompleteError
 
-ONE_CPU = WorkerResources(num_workers=1, cpus=1.0, gpus=0.0, threads=1, reading_fraction=0.5)
+ONE_CPU = WorkerPlan(num_workers=1, cpus=1.0, gpus=0.0, threads=1, reading_fraction=0.5)
 WAITED = "the cluster had no room to start 2 workers for 10 s\nhint: submit the same command again"
 
 
 @pytest.fixture
 def leaving(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Nodes that give notice as they are put in here."""
-    nodes: list[str] = []
-    monkeypatch.setattr(notices, "leaving_nodes", lambda: list(nodes))
-    monkeypatch.setattr(notices, "node_names", sorted)
-    return nodes
+    """Nodes that are preempted as they are put in here."""
+    monkeypatch.setattr(preemption, "node_names", sorted)
+    return []
+
+
+def watching(leaving: list[str]) -> PreemptionState:
+    state = PreemptionState()
+    state.watch(lambda: leaving)
+    return state
 
 
 def written(result: Exception | None = None) -> futures.Future[None]:
@@ -46,68 +53,69 @@ def written(result: Exception | None = None) -> futures.Future[None]:
     return writing
 
 
-def test_a_node_that_gives_notice_is_a_reason_until_a_checkpoint_is_written(
+def test_a_node_that_is_preempted_requests_a_checkpoint_until_a_checkpoint_is_written(
     leaving, caplog, monkeypatch
 ):
-    known = Notices()
-    assert not known.is_wished()
-    known.follow(written(), step=5)
+    known = watching(leaving)
+    assert not known.checkpoint_requested()
+    known.track(written(), step=5)
     leaving.append("a")
-    assert known.is_wished(), "at once, however fresh the last one is"
+    assert known.checkpoint_requested(), "at once, however fresh the last one is"
     writing: futures.Future[None] = futures.Future()
-    known.follow(writing, step=7)
-    assert not known.is_wished()
+    known.track(writing, step=7)
+    assert not known.checkpoint_requested()
     assert caplog.messages == []
     writing.set_result(None)
-    assert not known.is_wished()
+    assert not known.checkpoint_requested()
     assert caplog.messages == ["node a is going away: checkpoint written at step 7"]
-    monkeypatch.setattr(notices, "FRESH_SECONDS", 0.0)
-    assert known.is_wished(), "what is trained until the node goes is worth another one"
+    monkeypatch.setattr(preemption, "FRESH_SECONDS", 0.0)
+    assert known.checkpoint_requested(), "what is trained until the node goes is worth another one"
     leaving.append("b")
-    known.follow(written(), step=9)
-    known.follow(written(), step=11)
+    known.track(written(), step=9)
+    known.track(written(), step=11)
     assert caplog.messages[1:] == ["node b is going away: checkpoint written at step 9"]
 
 
-def test_a_checkpoint_that_was_not_written_is_still_wished(leaving, caplog):
-    known = Notices()
+def test_a_checkpoint_that_was_not_written_is_still_requested(leaving, caplog):
+    known = watching(leaving)
     leaving.append("a")
-    known.follow(written(OSError("no space left")), step=7)
+    known.track(written(OSError("no space left")), step=7)
     cancelled: futures.Future[None] = futures.Future()
-    known.follow(cancelled, step=8)
+    known.track(cancelled, step=8)
     cancelled.cancel()
-    assert known.is_wished()
+    assert known.checkpoint_requested()
     assert caplog.messages == []
 
 
 def test_the_controller_gets_a_checkpoint_by_asking_again(leaving):
-    known = Notices()
-    assert not known.ask()
-    assert known.is_wished()
-    assert not known.ask()
-    known.follow(written(), step=3)
-    assert not known.is_wished()
-    assert known.ask()
+    known = watching(leaving)
+    assert not known.request_for_resize()
+    assert known.checkpoint_requested()
+    assert not known.request_for_resize()
+    known.track(written(), step=3)
+    assert not known.checkpoint_requested()
+    assert known.request_for_resize()
 
 
 def test_what_rays_watcher_has_told_a_worker_is_read_without_a_barrier(monkeypatch):
     told = SimpleNamespace(preemption_info=None)
     context = SimpleNamespace(preemption_context=told)
-    monkeypatch.setattr(notices, "get_train_context", lambda: context)
-    assert notices.leaving_nodes() == []
+    monkeypatch.setattr(ray_internals, "get_train_context", lambda: context)
+    assert ray_internals.find_preempted_nodes() == []
     told.preemption_info = PreemptionInfo(deadline_ms=1, preempted_node_to_ranks={"b": [1]})
-    assert notices.leaving_nodes() == ["b"]
+    assert ray_internals.find_preempted_nodes() == ["b"]
 
 
 # The policy
 
 
-class ToyPolicy(RoomPolicy):
+class ToyPolicy(ElasticPolicy):
     """With reservations that a test makes up and no coordinator."""
 
     def __init__(self, num_workers: str) -> None:
-        scaling = plan_scaling(ScalingSettings(num_workers=num_workers), ONE_CPU)
-        super().__init__(scaling, resources=ONE_CPU, wait_seconds=10.0)
+        scaling = ScalingSettings(num_workers=num_workers)
+        rules = ElasticRules(scaling, ONE_CPU, wait_seconds=10.0)
+        super().__init__(plan_scaling(scaling, ONE_CPU), rules)
         self.reserved: dict[str, dict[str, float]] = {}
 
     def _maybe_send_resource_request(self) -> None:
@@ -121,7 +129,11 @@ class ToyPolicy(RoomPolicy):
 def staying(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, float]]:
     """The nodes of the cluster that will not be taken away."""
     nodes: dict[str, dict[str, float]] = {}
-    monkeypatch.setattr(elastic, "staying_nodes", lambda: nodes)
+    monkeypatch.setattr(
+        policy_module,
+        "read_nodes",
+        lambda: [ClusterNode(id, "", resources) for id, resources in nodes.items()],
+    )
     return nodes
 
 
@@ -140,7 +152,8 @@ class ToyClock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> ToyClock:
     toy = ToyClock()
-    monkeypatch.setattr(elastic, "time", toy)
+    monkeypatch.setattr(policy_module, "time", toy)
+    monkeypatch.setattr(ray_internals, "time", toy)
     return toy
 
 
@@ -210,7 +223,7 @@ def test_a_group_that_runs_ends_the_wait_and_a_start_that_fails_does_not(staying
 
 def test_a_resize_waits_for_a_checkpoint_and_no_longer(staying, monkeypatch):
     is_checkpointed = iter([False, False, True])
-    monkeypatch.setattr(elastic, "_is_checkpointed", lambda state: next(is_checkpointed))
+    monkeypatch.setattr(ray_internals, "_has_checkpoint", lambda state: next(is_checkpointed))
     policy = ToyPolicy("1:4")
     policy.reserved = {"a": {"CPU": 4.0}}
     staying |= {"a": {"CPU": 8.0}}
@@ -221,7 +234,7 @@ def test_a_resize_waits_for_a_checkpoint_and_no_longer(staying, monkeypatch):
 
 
 def test_a_group_of_the_number_that_fits_is_left_alone(staying, monkeypatch):
-    monkeypatch.setattr(elastic, "_is_checkpointed", lambda state: pytest.fail("asked"))
+    monkeypatch.setattr(ray_internals, "_has_checkpoint", lambda state: pytest.fail("asked"))
     policy = ToyPolicy("1:4")
     policy.reserved = {"a": {"CPU": 2.0}}
     staying |= {"a": {"CPU": 4.0}}
@@ -246,3 +259,9 @@ def test_what_ends_a_run_for_want_of_workers_is_incomplete():
         assert find_lack_of_workers(error).exit_code == 4
     assert find_lack_of_workers(ray.train.WorkerGroupError("lost", {})) is None
     assert find_lack_of_workers(ray.train.ControllerError(KeyError())) is None
+
+
+def test_a_run_that_is_not_elastic_has_no_requests():
+    state = PreemptionState()
+    state.track(written(), step=3)
+    assert not state.checkpoint_requested()
