@@ -18,8 +18,9 @@ from cnnray.cluster.train.reading import SplitReader
 from cnnray.datasets.manifest import Shard, Split
 from cnnray.datasets.sampling import PlainSampler
 from cnnray.errors import DataError
-from cnnray.images.augment import Augmentation, TrainTransform
+from cnnray.images.augment import TrainTransform
 from cnnray.images.transforms import Preprocessing
+from cnnray.options import Augmentation
 from cnnray.storage import open_store
 
 pytestmark = [
