@@ -5,13 +5,22 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check soak bench install lock clean
+WITH_RAY := tests/cluster tests/faults tests/jobs tests/benchmarks
+PURE := tests $(WITH_RAY:%=--ignore=%)
+
+.PHONY: demo test quick check soak bench install lock clean
 
 demo: install
 	$(BIN)/python jobs/demo.py --output demo
 
+# What needs no cluster runs on both of two cores; the rest shares one Ray.
 test: install check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 $(PURE)
+	$(BIN)/python -m pytest $(WITH_RAY)
+
+# The fast loop while writing: no Ray, no servers, about a minute.
+quick: install
+	$(BIN)/python -m pytest --numprocesses 2 -m "not slow and not s3 and not soak" $(PURE)
 
 check: install
 	$(BIN)/ruff check .

@@ -2,8 +2,8 @@
 
 Sections: each engine's labels against strict float32, and the speed of its network alone; the
 quickest engine fed by decoding processes; the training step in each precision. Needs torch, numpy,
-pyarrow, Pillow and safetensors; runs from a checkout, with nothing installed of cnnray itself.
-What there is no time for is named. ``--device cpu --short`` tries it out.
+pyarrow, Pillow, pydantic and safetensors; runs from a checkout, with nothing installed of cnnray
+itself. What there is no time for is named. ``--device cpu --short`` tries it out.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ PACKAGES = {
     "numpy": "numpy",
     "pyarrow": "pyarrow",
     "PIL": "pillow",
+    "pydantic": "pydantic",
     "safetensors": "safetensors",
 }
 """What must be there, by the names of the module and of the package."""

@@ -20,7 +20,7 @@ from benchmarks.report import Column
 
 ROOT = Path(__file__).parents[2]
 ABSENT = (
-    *("ray", "pydantic", "pydantic_settings", "obstore", "s3fs", "jinja2", "yaml", "matplotlib"),
+    *("ray", "pydantic_settings", "obstore", "s3fs", "jinja2", "yaml", "matplotlib"),
     *("simplejpeg", "psutil", "timm"),
 )
 """What a machine with a GPU may not have."""
