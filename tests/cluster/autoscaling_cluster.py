@@ -84,7 +84,7 @@ def _configure(
         "cluster_name": "tests",
         "max_workers": 8,
         "upscaling_speed": 20.0,
-        "idle_timeout_minutes": 1,
+        "idle_timeout_minutes": 10,  # longer than a slow job takes from its end to the look
         "provider": {
             "type": "fake_multinode",
             "module": PROVIDER,
