@@ -110,7 +110,7 @@ def test_a_training_of_a_fixed_number_imports_no_internals(dataset, tmp_path):
         f"settings = TrainSettings(data={str(dataset)!r}, output={str(tmp_path / 'model')!r},"
         " epochs=1, cluster={'num_cpus': 2})\n"
         "train(settings)\n"
-        "print([name for name in sys.modules if 'ray_internals' in name])\n"
+        "print([name for name in sys.modules if name.endswith('.ray_internals')])\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
