@@ -154,15 +154,21 @@ def test_an_actor_that_finds_no_room_holds_nothing_up():
     assert numbers(map_units(tables(12), [stage], stall_seconds=60)) == list(range(12))
 
 
-def test_a_pool_grows_while_there_is_work_for_more(tmp_path):
-    class Named(Noted):
-        def __call__(self, table: pa.Table) -> pa.Table:
-            time.sleep(0.2)
-            (tmp_path / str(os.getpid())).touch()
-            return table
+class Patient(Noted):
+    """Works on its first table until a second actor has one, too."""
 
-    stage = Stage(Named, {"folder": tmp_path}, 1, 2, 1.0)
-    assert len([*map_units(tables(60), [stage], stall_seconds=60)]) == 60
+    def __call__(self, table: pa.Table) -> pa.Table:
+        assert self.folder is not None
+        (self.folder / str(os.getpid())).touch()
+        deadline = time.monotonic() + 100
+        while len(list(self.folder.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return table
+
+
+def test_a_pool_grows_while_there_is_work_for_more(tmp_path):
+    stage = Stage(Patient, {"folder": tmp_path}, 1, 2, 1.0)
+    assert len([*map_units(tables(20), [stage], stall_seconds=120)]) == 20
     assert len(list(tmp_path.iterdir())) == 2
 
 
