@@ -89,21 +89,21 @@ class SmallRunLabeler:
         )
         total = sum(map(run.plan.rows_of, parts))
         predictor = self._open_predictor()
-        started, done = time.perf_counter(), 0
+        pace = _Pace(total)
         with _Decoders(self.settings, self.bundle) as decoders:
             for rows, samples in self._read(run, units):
                 for decoded in decoders.decode(samples, batch_rows=predictor.batch_size):
                     answers = predictor.predict(decoded)
                     yield _placed(answers, rows.slice(0, answers.num_rows))
                     rows = rows.slice(answers.num_rows)
-                    done += answers.num_rows
-                    if self._is_slow(time.perf_counter() - started, done=done, total=total):
-                        logger.info("%s images left: Ray labels them", f"{total - done:,}")
+                    pace.add(answers.num_rows)
+                    if self._is_slow(pace):
+                        logger.info("%s images left: Ray labels them", f"{pace.left:,}")
                         self.is_whole = False
                         return
 
-    def _is_slow(self, seconds: float, *, done: int, total: int) -> bool:
-        return seconds > MEASURED_SECONDS and seconds / done * (total - done) > CLUSTER_SECONDS
+    def _is_slow(self, pace: _Pace) -> bool:
+        return pace.seconds > MEASURED_SECONDS and pace.seconds_left > CLUSTER_SECONDS
 
     def _open_predictor(self) -> Predictor:
         keep_freed_memory()
@@ -116,6 +116,33 @@ class SmallRunLabeler:
         reader = PlannedImages(self.source, run)
         for unit in units:
             yield from reader.read(unit.to_table())
+
+
+class _Pace:
+    """How fast images are done, from the first batch on, which starts the decoders' processes."""
+
+    def __init__(self, total: int) -> None:
+        self.left = total
+        self.counted = 0
+        self.started: float | None = None
+
+    def add(self, images: int) -> None:
+        """Count a batch that has just been done."""
+        self.left -= images
+        if self.started is None:
+            self.started = time.perf_counter()
+        else:
+            self.counted += images
+
+    @property
+    def seconds(self) -> float:
+        """Since the first batch."""
+        return 0.0 if self.started is None else time.perf_counter() - self.started
+
+    @property
+    def seconds_left(self) -> float:
+        """For the images that are left, at the pace so far."""
+        return self.seconds / max(1, self.counted) * self.left
 
 
 class _Decoders:

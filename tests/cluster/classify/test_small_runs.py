@@ -103,7 +103,7 @@ def test_a_quick_run_is_labelled_whole(settings):
 
 
 def test_a_run_that_turns_out_slow_is_left_to_a_cluster(settings, monkeypatch):
-    monkeypatch.setattr(SmallRunLabeler, "_is_slow", lambda self, seconds, **_: True)
+    monkeypatch.setattr(SmallRunLabeler, "_is_slow", lambda self, pace: True)
     labeler, rows = label(settings)
     assert not labeler.is_whole
     assert rows < 9
