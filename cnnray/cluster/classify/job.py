@@ -64,6 +64,7 @@ def classify(settings: ClassifySettings) -> dict[str, Any]:
             settings.input, format=settings.format, labelled=False, **settings.columns.options()
         )
         bundle = _load_bundle(settings, source, output, resources)
+        _require_engine(settings)
         identity, config = _identity(settings, bundle), _config(settings)
         if settings.dry_run:
             from cnnray.cluster.classify.dry_run import dry_run
@@ -95,10 +96,10 @@ def classify(settings: ClassifySettings) -> dict[str, Any]:
             finished.append((run, _work_on(run, labeler, is_mine=is_mine)))
         if settings.delta:  # with what drivers that died had committed, and when nothing is new
             logger.info("%d runs added to the Delta table", export_runs(output))
-    seconds = time.perf_counter() - started
-    if (predicted := labeler.facts["predicted_seconds"]) is not None:
+    seconds, facts = time.perf_counter() - started, labeler.facts
+    if (predicted := facts["predicted_seconds"]) is not None:
         logger.info("predicted %s, took %s", *map(format_seconds, (predicted, seconds)))
-    return _result(finished, output, settings, labeler.facts, seconds=seconds)
+    return _result(finished, output, settings, facts, seconds=seconds)
 
 
 def _load_bundle(
@@ -118,6 +119,13 @@ def _import_and_load(uri: str) -> Bundle:
     from cnnray.models.bundle import load_bundle  # torch
 
     return load_bundle(open_store(uri))
+
+
+def _require_engine(settings: ClassifySettings) -> None:
+    """Raise ``SettingsError`` for an engine that there is not, before anything is written."""
+    from cnnray.cluster.inference.choices import engine_choice  # torch
+
+    engine_choice(settings)
 
 
 def _is_large_first_run(settings: ClassifySettings, source: Source, output: Store) -> bool:

@@ -14,7 +14,7 @@ from cnnray.cluster.classify import job
 from cnnray.cluster.classify.small_runs import SmallRunLabeler, may_run_here
 from cnnray.config import ClassifySettings
 from cnnray.datasets.sources import open_source
-from cnnray.errors import ModelError
+from cnnray.errors import ModelError, SettingsError
 from cnnray.storage import open_store
 from tests.faults.colours import write_bundle, write_images
 
@@ -177,4 +177,11 @@ def test_a_broken_bundle_is_named_and_nothing_is_written(settings):
     (Path(settings.model) / "model.json").write_text("{}")
     with pytest.raises(ModelError, match="model.json"):
         job.classify(settings)
+    assert not Path(settings.output).exists()
+
+
+def test_an_engine_that_cannot_be_is_named_and_nothing_is_written(settings):
+    wrong = {"engine": {"name": "openvino"}, "scaling": {"use_gpu": True}}
+    with pytest.raises(SettingsError, match="openvino"):
+        job.classify(ClassifySettings(**{**settings.model_dump(), **wrong}))
     assert not Path(settings.output).exists()
