@@ -118,10 +118,10 @@ def test_a_section_stops_on_time_and_names_what_it_left_out():
         Contestant("late", lambda: {"rate": 1.0}),
     ]
     started = time.monotonic()
-    section.measure(toys, Clock(2.5))
-    assert time.monotonic() - started < 10
+    section.measure(toys, Clock(10))  # of which a busy machine needs some for "quick"
+    assert time.monotonic() - started < 40
     assert section.rows == {"quick": {"rate": 1234.5}}
-    text = re.sub(r"after \d s", "after N s", section.markdown())
+    text = re.sub(r"after \d+ s", "after N s", section.markdown())
     assert text.splitlines() == [
         "## Toys",
         "",

@@ -14,6 +14,9 @@ CLOSE_SECONDS = 5.0
 """For the thread to end once nobody wants more; after that it is left behind."""
 
 
+_drawing = threading.local()
+
+
 class DeadlineError(Exception):
     """An item took longer than it may."""
 
@@ -67,9 +70,19 @@ def within(seconds: float, items: Iterator[T]) -> Iterator[T]:
         yield from drawn
 
 
+def end_of_drawing() -> threading.Event:
+    """Set when nobody wants more of what this thread draws; never, in a thread that draws nothing.
+
+    For a source that waits where closing it does not reach.
+    """
+    is_over: threading.Event = getattr(_drawing, "is_over", None) or threading.Event()
+    return is_over
+
+
 def _draw(
     items: Iterator[T], drawn: queue.Queue[tuple[str, Any]], is_over: threading.Event
 ) -> None:
+    _drawing.is_over = is_over
     try:
         for item in items:
             drawn.put(("item", item))

@@ -48,3 +48,13 @@ def last_line(error: BaseException) -> str:
         return f"{type(cause).__name__}: {cause}".splitlines()[0]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+def alone(error: BaseException) -> BaseException:
+    """The error without traceback and causes: their frames hold the actors of what failed.
+
+    Ray ends an actor, and frees its CPUs and GPUs, when nothing refers to it any more. What
+    happened in a worker is in the text of its error.
+    """
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)

@@ -26,8 +26,10 @@ from cnnray.cluster.core.streaming import (
     MAX_UNITS,
     Pause,
     TrainingPause,
+    blocks,
     building,
     data_context,
+    references,
     translated_errors,
 )
 from cnnray.errors import IncompleteError
@@ -125,8 +127,7 @@ class OrderedStream(Iterator[pa.Table], Generic[Item]):
             read_ahead_bytes=self._ahead.num_bytes,
             pause=self._pause,
         )
-        for reference in _references(dataset):
-            yield ray.get(reference, timeout=self._ahead.stall_seconds)
+        yield from blocks(dataset, stall_seconds=self._ahead.stall_seconds)
 
 
 class _Execution:
@@ -149,15 +150,15 @@ def store_in_order(
         return []
 
     dataset = _dataset([ray.put(function)], items, stall_seconds=stall_seconds)
-    drawn = Drawn(_references(dataset), seconds=stall_seconds + GRACE_SECONDS)
+    drawn = Drawn(references(dataset), seconds=stall_seconds + GRACE_SECONDS)
     try:
         with translated_errors(stall_seconds=stall_seconds):
-            references = list(drawn)
+            stored = list(drawn)
     finally:
         drawn.close()
-    if len(references) != len(items):
-        raise IncompleteError(f"{len(references)} of {len(items)} tables came")
-    return references
+    if len(stored) != len(items):
+        raise IncompleteError(f"{len(stored)} of {len(items)} tables came")
+    return stored
 
 
 def _dataset(
@@ -182,15 +183,6 @@ def _dataset(
             # Anywhere, also when it comes from a trial of Ray Tune, whose reservation has no CPU.
             ray_remote_args={"max_retries": MAX_RETRIES, "scheduling_strategy": "DEFAULT"},
         )
-
-
-def _references(dataset: ray.data.Dataset) -> Iterator[Any]:
-    """Of the blocks of a dataset, as they come; closing it ends the execution.
-
-    ``iter_batches`` would leave a thread behind for each execution that does not run to its end.
-    """
-    for bundle in dataset.iter_internal_ref_bundles():
-        yield from bundle.block_refs
 
 
 class _Items(Datasource):  # type: ignore[misc]

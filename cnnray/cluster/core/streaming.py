@@ -7,6 +7,7 @@ hour, a scheduling loop that polls without a pause. A nightly job needs all of i
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import threading
 import time
@@ -28,12 +29,14 @@ from ray.data import (
 )
 from ray.data.exceptions import ExecutionTimeoutError
 
-from cnnray.cluster.core.deadline import DeadlineError, within
-from cnnray.cluster.core.failures import find_cause, last_line
+from cnnray.cluster.core.deadline import DeadlineError, end_of_drawing, within
+from cnnray.cluster.core.failures import RETRY_ADVICE, alone, find_cause, last_line
 from cnnray.errors import CnnrayError, IncompleteError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
 
 MAX_UNITS = 2_000
 """Inputs of one execution: each costs the driver about a millisecond before the first one runs."""
@@ -69,23 +72,31 @@ class Stage:
     num_gpus: float = 0.0
 
 
+class UnwantedError(Exception):
+    """Ends an execution from within; nobody is left to see it."""
+
+
 class Pause:
     """Lets no two steps of Ray Data's scheduling loop begin within ``SECONDS``.
 
     The loop waits only for tasks that are running. While its output waits to be taken there are
     none, and it polls some 600 times a second: 0.85 of a core, and the interpreter's lock, which
-    the training needs. A step that has waited is not delayed. (An ``ExecutionCallback`` by its
-    methods; it lives in the loop's own thread.)
+    the training needs. A step that has waited is not delayed. And it ends a loop whose output
+    nobody wants any more: Ray Data itself would go on, with its actors, until the process ends.
+    (An ``ExecutionCallback`` by its methods; it lives in the loop's own thread.)
     """
 
     SECONDS = 0.02
 
     def before_execution_starts(self, executor: Any) -> None:
-        """Note when the loop begins."""
+        """Note when the loop begins, in the thread that draws from it."""
+        self.is_over = end_of_drawing()
         self.last = time.monotonic()
 
     def on_execution_step(self, executor: Any) -> None:
-        """Sleep for what is left of ``SECONDS`` since the last step."""
+        """Sleep for what is left of ``SECONDS`` since the last step; raise if it was the last."""
+        if self.is_over.is_set():
+            raise UnwantedError
         rest = self.last + self.SECONDS - time.monotonic()
         if rest > 0:
             time.sleep(rest)
@@ -131,7 +142,7 @@ def data_context(
     context.max_errored_blocks = 0  # otherwise rows are lost in silence
     context.enable_progress_bars = False  # a job has a line of its own
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it shows every error's stacks, twice
     return context
 
 
@@ -266,11 +277,32 @@ def building(context: DataContext) -> Iterator[None]:
         yield
 
 
+def blocks(dataset: Dataset, *, stall_seconds: float) -> Iterator[pa.Table]:
+    """The blocks of a dataset as they come, drawn by this thread.
+
+    (``iter_batches`` would leave two threads behind for each execution that does not run to its
+    end.)
+    """
+    for reference in references(dataset):
+        yield ray.get(reference, timeout=stall_seconds)
+
+
+def references(dataset: Dataset) -> Iterator[Any]:
+    """Of the blocks of a dataset, as they come."""
+    for bundle in dataset.iter_internal_ref_bundles():
+        yield from bundle.block_refs
+
+
 def _blocks(dataset: Dataset, *, stall_seconds: float) -> Iterator[pa.Table]:
-    """The blocks of a dataset as they come. Raises what ``map_units`` raises."""
-    blocks = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-    with translated_errors(stall_seconds=stall_seconds):
-        yield from within(stall_seconds + GRACE_SECONDS, iter(blocks))
+    """``blocks`` in a thread. Raises what ``map_units`` raises."""
+    drawn = within(stall_seconds + GRACE_SECONDS, blocks(dataset, stall_seconds=stall_seconds))
+    try:
+        with translated_errors(stall_seconds=stall_seconds):
+            yield from drawn
+    except BaseException:
+        # An execution cut short is a circle of references, with actors that keep their CPUs.
+        gc.collect()
+        raise
 
 
 @contextlib.contextmanager
@@ -282,8 +314,12 @@ def translated_errors(*, stall_seconds: float) -> Iterator[None]:
         raise IncompleteError(
             f"no worker has finished anything for {stall_seconds:.0f} s",
             hint="look at the cluster, or raise --cluster.stall_seconds; the same command goes on",
-        ) from error
+        ) from alone(error)
     except ray.exceptions.RayError as error:
-        is_bug = isinstance(error, ray.exceptions.RayTaskError)
-        kind = CnnrayError if is_bug else IncompleteError
-        raise (find_cause(error) or kind(f"a worker failed: {last_line(error)}")) from error
+        if (cause := find_cause(error)) is not None:
+            raise cause from alone(error)
+        message = f"a worker failed: {last_line(error)}"
+        if isinstance(error, ray.exceptions.RayTaskError):  # a bug: show where
+            logger.error("%s", RETRY_ADVICE.sub("", str(error)))
+            raise CnnrayError(message) from alone(error)
+        raise IncompleteError(message) from alone(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 import ray.data
 from ray.data import DataContext
 
@@ -147,6 +149,31 @@ def test_a_bug_and_an_actor_that_cannot_start_are_named():
         stage = Stage(Failing, {"error": ValueError("so wrong"), "at_start": at_start}, 1, 1, 1.0)
         with pytest.raises(CnnrayError, match="so wrong"):
             numbers(map_units(tables(2), [stage], stall_seconds=60))
+
+
+def free_cpus() -> float:
+    """Of the two of these tests, after some seconds for what was to be let go of."""
+    deadline = time.monotonic() + 30
+    while (free := ray.available_resources().get("CPU", 0.0)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return free
+
+
+@pytest.mark.parametrize("at_start", [False, True])
+def test_what_failed_keeps_no_cpus(at_start):
+    stage = Stage(Failing, {"error": ValueError("so wrong"), "at_start": at_start}, 2, 2, 1.0)
+    with pytest.raises(CnnrayError) as failure:  # which lives on, with its traceback
+        numbers(map_units(tables(4), [stage], stall_seconds=60))
+    assert free_cpus() == 2
+    assert "so wrong" in str(failure.value)
+
+
+def test_what_nobody_wants_any_more_ends():
+    results = map_units(tables(50), [Stage(Slow, {}, 2, 2, 1.0)], stall_seconds=60)
+    next(results)
+    results.close()
+    assert free_cpus() == 2
+    assert not [thread for thread in threading.enumerate() if "Streaming" in thread.name]
 
 
 def test_an_actor_that_finds_no_room_holds_nothing_up():
