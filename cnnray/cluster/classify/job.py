@@ -105,13 +105,18 @@ def classify(settings: ClassifySettings) -> dict[str, Any]:
 def _load_bundle(
     settings: ClassifySettings, source: Source, output: Store, resources: contextlib.ExitStack
 ) -> Bundle:
-    """The model, loaded by a thread; Ray starts beside it where it is sure to be needed."""
+    """The model; Ray starts beside it where it is sure to be needed.
+
+    The thread begins when Ray is imported: the two would only take turns. Ray's start is waiting.
+    """
+    if not _is_large_first_run(settings, source, output):
+        return _import_and_load(settings.model)
+
+    from cnnray.cluster.core.session import ray_cluster
+
     with ThreadPoolExecutor(1) as thread:
         loading: Future[Bundle] = thread.submit(_import_and_load, settings.model)
-        if _is_large_first_run(settings, source, output):
-            from cnnray.cluster.core.session import ray_cluster
-
-            resources.enter_context(ray_cluster(settings.cluster))
+        resources.enter_context(ray_cluster(settings.cluster))
         return loading.result()
 
 
