@@ -121,6 +121,8 @@ class TrainSettings(JobSettings):
     scaling: ScalingSettings = ScalingSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     tracking: TrackingSettings = TrackingSettings()
+    decode_seconds: Seconds = 30.0
+    """time after which an image that is still being decoded ends the job, with its key"""
     limits: DecodeLimits = DecodeLimits()
     order_log: str | None = None
     """folder to write (epoch, step, rank, key) of every sample to, as Parquet"""

@@ -76,6 +76,7 @@ def _readers(
             split=get_split(manifest, split, uri=settings.data),
             transform=transform,
             repeats=settings.augment.repeats if split == "train" else 1,
+            decode_seconds=settings.decode_seconds,
         )
         for split, transform in transforms.items()
     }

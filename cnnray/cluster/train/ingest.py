@@ -25,7 +25,6 @@ from cnnray.datasets.manifest import Split
 from cnnray.datasets.order import Batch, RowGroup, Unit
 from cnnray.datasets.sampling import BalancedSampler, Picks, Sampler, every_row
 from cnnray.errors import DataError
-from cnnray.images.augment import TrainTransform
 from cnnray.images.decode import Decoded
 from cnnray.images.safe_decoder import SafeDecoder
 from cnnray.images.transforms import fit
@@ -188,7 +187,7 @@ def decode_once(feed: SplitFeed, *, stall_seconds: float) -> SplitFeed:
 def _read(reader: SplitReader, request: ReadRequest) -> pa.Table:
     """The samples of a request, decoded and augmented, and their lane."""
     augment = partial(reader.transform.augment, epoch=request.epoch)
-    with _decoder(reader.transform) as decode:
+    with _decoder(reader) as decode:
 
         def variations(data: bytes, keys: Sequence[str]) -> list[np.ndarray[Any, Any]]:
             pixels = decode(data).pixels
@@ -204,9 +203,9 @@ def _read_labels(reader: SplitReader, group: RowGroup) -> pa.Table:
 
 def _prepare(reader: SplitReader, group: RowGroup) -> pa.Table:
     """A whole row group as it is before shifts and flips, without repeats."""
-    once = SplitReader(reader.store, reader.split, reader.transform)
+    once = replace(reader, repeats=1)
     whole = every_row(Unit(0, group, 0, group.num_rows))
-    with _decoder(reader.transform) as decode:
+    with _decoder(reader) as decode:
 
         def fitted(data: bytes, keys: Sequence[str]) -> list[np.ndarray[Any, Any]]:
             return [fit(decode(data).pixels, preprocessing=reader.transform.preprocessing)]
@@ -215,15 +214,17 @@ def _prepare(reader: SplitReader, group: RowGroup) -> pa.Table:
 
 
 @contextmanager
-def _decoder(transform: TrainTransform) -> Iterator[Callable[[bytes], Decoded]]:
+def _decoder(reader: SplitReader) -> Iterator[Callable[[bytes], Decoded]]:
     """Decodes in this process, whose end an image may be; after such an end, in a child of it.
 
     So the job ends with the key of an image that crashes, hangs or takes too much memory.
     """
+    transform = reader.transform
     options: dict[str, Any] = {
         "channels": transform.preprocessing.channels,
         "limits": transform.limits,
         "min_side": transform.min_side,
+        "seconds": reader.decode_seconds,
     }
     with SafeDecoder(careful=is_retried(), **options) as decoder, decoder.batch() as decode:
         yield decode

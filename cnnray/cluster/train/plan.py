@@ -40,6 +40,7 @@ RESUMABLE = {
     "tracking",
     "overwrite",
     "order_log",
+    "decode_seconds",
 }
 """Settings that may change between a run and its continuation."""
 

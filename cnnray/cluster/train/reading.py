@@ -15,6 +15,7 @@ from cnnray.datasets.sampling import Numbers, Picks
 from cnnray.datasets.shards import read_row_group
 from cnnray.errors import DataError, ImageError
 from cnnray.images.augment import TrainTransform, copy_key
+from cnnray.images.isolation import DEFAULT_SECONDS
 from cnnray.storage import Store
 
 Decode = Callable[[bytes, Sequence[str]], "list[np.ndarray[Any, Any]]"]
@@ -30,6 +31,8 @@ class SplitReader:
     transform: TrainTransform
     repeats: int = 1
     """Copies of each sample, augmented each in its own way; images are (B, M, C, H, W) if many."""
+    decode_seconds: float = DEFAULT_SECONDS
+    """For one image: one that takes longer is refused."""
 
     @property
     def row_groups(self) -> list[RowGroup]:

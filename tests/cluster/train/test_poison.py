@@ -50,15 +50,14 @@ class PoisonableTransform(TrainTransform):
         return super().min_side
 
 
-@pytest.fixture
-def feed(tmp_path: Path) -> SplitFeed:
-    """Eight images in two row groups, of which the sixth kills its decoder."""
+def make_feed(folder: Path, action: str) -> SplitFeed:
+    """Eight images in two row groups, of which the sixth harms its decoder."""
     images = []
     for number in range(8):
         buffer = io.BytesIO()
         Image.fromarray(np.full((9, 9, 3), 20 * number, np.uint8)).save(buffer, "PNG")
         images.append(buffer.getvalue())
-    images[5] += b"cnnray-poison:abort;"
+    images[5] += f"cnnray-poison:{action};".encode()
     table = pa.table(
         {
             "key": [f"photo {number}.png" for number in range(8)],
@@ -66,30 +65,35 @@ def feed(tmp_path: Path) -> SplitFeed:
             "label": pa.array([0, 1] * 4, pa.int32()),
         }
     )
-    pq.write_table(table, tmp_path / "shard.parquet", row_group_size=4)
+    pq.write_table(table, folder / "shard.parquet", row_group_size=4)
     shard = Shard(path="shard.parquet", num_samples=8, bytes=1, sha256="", row_groups=(4, 4))
     preprocessing = Preprocessing(
         channels=3, size=9, resize=9, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3
     )
     reader = SplitReader(
-        open_store(str(tmp_path)),
+        open_store(str(folder)),
         Split(num_samples=8, class_counts=(4, 4), files=(shard,)),
         PoisonableTransform(preprocessing, Augmentation(), seed=0),
+        decode_seconds=3,
     )
     sampler = PlainSampler(tuple(reader.row_groups), 0)
     return SplitFeed(reader, sampler, StreamedSplit(reader, AHEAD), unit_rows=4)
 
 
-WHAT = r"'photo 5.png' of .* cannot be decoded any more: .*\nhint: pack the dataset again"
+@pytest.mark.parametrize(
+    ("action", "reason"),
+    [
+        ("abort", "the decoder ended"),
+        ("spin", "not decoded within 3 s"),
+        ("bloat", "the decoder needs more than"),
+    ],
+)
+def test_an_image_that_harms_its_decoder_is_named_while_it_is_streamed(tmp_path, action, reason):
+    what = rf"'photo 5.png' of .* cannot be decoded any more: .*{reason}.*\nhint: pack the dataset"
+    with pytest.raises(DataError, match=what):
+        list(make_feed(tmp_path, action).share(0, 1))
 
 
-def test_an_image_that_kills_its_decoder_is_named_while_it_is_streamed(feed: SplitFeed) -> None:
-    with pytest.raises(DataError, match=WHAT):
-        list(feed.share(0, 1))
-
-
-def test_an_image_that_kills_its_decoder_is_named_while_a_split_is_decoded_once(
-    feed: SplitFeed,
-) -> None:
-    with pytest.raises(DataError, match=WHAT):
-        decode_once(feed, stall_seconds=100)
+def test_an_image_that_kills_its_decoder_is_named_while_a_split_is_decoded_once(tmp_path):
+    with pytest.raises(DataError, match=r"'photo 5.png' of .* cannot be decoded any more"):
+        decode_once(make_feed(tmp_path, "abort"), stall_seconds=100)
