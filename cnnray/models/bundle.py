@@ -81,8 +81,35 @@ def delete_bundle(store: Store) -> None:
         store.delete(key)
 
 
-def load_bundle(store: Store) -> Bundle:
-    """Read a bundle back, bit for bit. Raises ``ModelError`` when anything does not fit."""
+class StoredBundle:
+    """A bundle whose files are whole; its network is built when it is asked for, once."""
+
+    def __init__(self, spec: BundleSpec, digest: str, *, weights: bytes, source: str) -> None:
+        self.spec = spec
+        self.digest = digest
+        self._weights = weights
+        self._source = source
+        self._loaded: Bundle | None = None
+
+    def load(self) -> Bundle:
+        """Bit for bit what was saved. Raises ``ModelError`` for weights that do not fit."""
+        if self._loaded is None:
+            tensors = read_tensors(self._weights, source=self._source)
+            model = _build(self.spec)
+            check_tensors(tensors, model.state_dict(), source=self._source)
+            check_finite(tensors, source=self._source)
+            model.load_state_dict(tensors, strict=False)  # only num_batches_tracked may be missing
+            _check_describes(self.spec, model)
+            self._loaded = Bundle(model=model.eval(), spec=self.spec, digest=self.digest)
+            self._weights = b""
+        return self._loaded
+
+
+def open_bundle(store: Store) -> StoredBundle:
+    """Read a bundle's files, without the seconds that libraries of networks take to import.
+
+    Raises ``ModelError`` when there is none, and when it is not what was saved.
+    """
     spec, weights_sha256 = _read(store)
     source = f"{store.uri}/{WEIGHTS_KEY}"
     try:
@@ -94,13 +121,13 @@ def load_bundle(store: Store) -> Bundle:
             f"{source} is not the file that {DOCUMENT_KEY} describes: its digest differs",
             hint="copy the bundle again, both files together",
         )
-    tensors = read_tensors(weights, source=source)
-    model = _build(spec)
-    check_tensors(tensors, model.state_dict(), source=source)
-    check_finite(tensors, source=source)
-    model.load_state_dict(tensors, strict=False)  # only num_batches_tracked may be missing
-    _check_describes(spec, model)
-    return Bundle(model=model.eval(), spec=spec, digest=_digest(spec, weights_sha256))
+    digest = _digest(spec, weights_sha256)
+    return StoredBundle(spec, digest, weights=weights, source=source)
+
+
+def load_bundle(store: Store) -> Bundle:
+    """Read a bundle back, bit for bit. Raises ``ModelError`` when anything does not fit."""
+    return open_bundle(store).load()
 
 
 def read_bundle_spec(store: Store) -> BundleSpec:

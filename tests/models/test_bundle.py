@@ -9,7 +9,13 @@ import safetensors.torch
 import torch
 
 from cnnray.errors import AlreadyExistsError, ModelError
-from cnnray.models.bundle import BundleSpec, load_bundle, read_bundle_spec, save_bundle
+from cnnray.models.bundle import (
+    BundleSpec,
+    load_bundle,
+    open_bundle,
+    read_bundle_spec,
+    save_bundle,
+)
 from cnnray.models.classifier import Classifier
 from cnnray.models.registry import build_model, head_name
 from cnnray.storage import Store, open_store, sha256
@@ -65,6 +71,22 @@ def test_the_spec_is_read_without_the_weights(
     save_bundle(store, classifier, spec)
     store.delete("model.safetensors")
     assert read_bundle_spec(store) == spec
+
+
+def test_an_opened_bundle_is_whole_and_its_network_is_built_when_it_is_asked_for(
+    store: Store, classifier: Classifier, spec: BundleSpec
+) -> None:
+    digest = save_bundle(store, classifier, spec)
+    rewrite(store, architecture={"name": "of another version", "arguments": {}})
+    opened = open_bundle(store)  # builds nothing yet
+    assert (opened.spec.classes, opened.digest != digest) == (spec.classes, True)
+    with pytest.raises(ModelError, match="of another version"):
+        opened.load()
+
+    replace_weights(store, b"other")
+    store.write("model.safetensors", b"and again others")
+    with pytest.raises(ModelError, match="its digest differs"):
+        open_bundle(store)
 
 
 def test_weights_are_float32_with_the_normalisation(

@@ -31,7 +31,7 @@ from cnnray.labeling.forecast import (
     forecast,
 )
 from cnnray.labeling.measure import SAMPLE_RUNS, Measurement, measure_stages, take_sample
-from cnnray.models.bundle import Bundle
+from cnnray.models.bundle import Bundle, StoredBundle
 from cnnray.models.engines import PreparedEngine, prepare_engine
 from cnnray.process import keep_freed_memory
 
@@ -247,7 +247,7 @@ def sample_parts(run: Run, parts: Sequence[int], *, size: int) -> pa.Table:
 
 
 def measure_run(
-    bundle: Bundle, source: Source, run: Run, parts: Sequence[int], settings: LabelingSettings
+    bundle: StoredBundle, source: Source, run: Run, parts: Sequence[int], settings: LabelingSettings
 ) -> Measurement | None:
     """A small sample of a large run, before its workers start; None where there is no prediction.
 
@@ -260,7 +260,9 @@ def measure_run(
         return None
     entries = sample_parts(run, parts, size=RUN_SAMPLE)
     try:
-        return measure(bundle, source, entries, settings, list_seconds=0.0, max_seconds=RUN_SECONDS)
+        return measure(
+            bundle.load(), source, entries, settings, list_seconds=0.0, max_seconds=RUN_SECONDS
+        )
     except UsageError as error:  # the run itself may still go well
         logger.info("no prediction: %s", error)
         return None

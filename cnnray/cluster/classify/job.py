@@ -1,7 +1,7 @@
 """The classify job: workers read, decode and label; the driver alone writes.
 
 Plan, publish and commit are ``cnnray.labeling``'s: a driver may be killed anywhere, and run twice.
-Torch and Ray take seconds to import and to start. So nothing here imports them: a thread loads the
+Torch and Ray take seconds to import and to start. So nothing here imports them: a thread opens the
 model while this one lists the images and, for a run that is sure to be large, starts Ray. (Not the
 other way round: Ray's core keeps a SIGTERM handler of its own unless it starts in the main thread.)
 """
@@ -9,10 +9,11 @@ other way round: Ray's core keeps a SIGTERM handler of its own unless it starts 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import time
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -35,7 +36,7 @@ from cnnray.storage import Store, open_store
 
 if TYPE_CHECKING:
     from cnnray.cluster.classify.on_cluster import ClusterLabeler
-    from cnnray.models.bundle import Bundle
+    from cnnray.models.bundle import StoredBundle
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +60,11 @@ def classify(settings: ClassifySettings) -> dict[str, Any]:
         if settings.delta:
             check_delta(output)
         if open_store(settings.model).head(BUNDLE_KEY) is None:
-            _import_and_load(settings.model)  # raises what there is to say, before anything starts
+            _import_and_open(settings.model)  # raises what there is to say, before anything starts
         source = open_source(
             settings.input, format=settings.format, labelled=False, **settings.columns.options()
         )
-        bundle = _load_bundle(settings, source, output, resources)
+        bundle = _open_bundle(settings, source, output, resources)
         _require_engine(settings)
         identity, config = _identity(settings, bundle), _config(settings)
         if settings.dry_run:
@@ -71,7 +72,7 @@ def classify(settings: ClassifySettings) -> dict[str, Any]:
 
             return dry_run(
                 settings,
-                bundle,
+                bundle.load(),
                 source,
                 output,
                 identity=identity,
@@ -102,28 +103,33 @@ def classify(settings: ClassifySettings) -> dict[str, Any]:
     return _result(finished, output, settings, facts, seconds=seconds)
 
 
-def _load_bundle(
+def _open_bundle(
     settings: ClassifySettings, source: Source, output: Store, resources: contextlib.ExitStack
-) -> Bundle:
+) -> StoredBundle:
     """The model; Ray starts beside it where it is sure to be needed.
 
-    The thread begins when Ray is imported: the two would only take turns. Ray's start is waiting.
+    Its network, which takes seconds more to import, is then the workers' alone. The thread begins
+    when Ray is imported: the two would only take turns. Ray's start is waiting.
     """
     if not _is_large_first_run(settings, source, output):
-        return _import_and_load(settings.model)
+        bundle = _import_and_open(settings.model)
+        bundle.load()
+        return bundle
 
     from cnnray.cluster.core.session import ray_cluster
 
     with ThreadPoolExecutor(1) as thread:
-        loading: Future[Bundle] = thread.submit(_import_and_load, settings.model)
+        opening = thread.submit(_import_and_open, settings.model)
+        importing = thread.submit(importlib.import_module, "cnnray.cluster.classify.on_cluster")
         resources.enter_context(ray_cluster(settings.cluster))
-        return loading.result()
+        importing.result()
+        return opening.result()
 
 
-def _import_and_load(uri: str) -> Bundle:
-    from cnnray.models.bundle import load_bundle  # torch
+def _import_and_open(uri: str) -> StoredBundle:
+    from cnnray.models.bundle import open_bundle  # torch
 
-    return load_bundle(open_store(uri))
+    return open_bundle(open_store(uri))
 
 
 def _require_engine(settings: ClassifySettings) -> None:
@@ -145,7 +151,7 @@ def _is_large_first_run(settings: ClassifySettings, source: Source, output: Stor
     return False
 
 
-def _identity(settings: ClassifySettings, bundle: Bundle) -> dict[str, Any]:
+def _identity(settings: ClassifySettings, bundle: StoredBundle) -> dict[str, Any]:
     """What all rows of a table have in common. (int8 is another model; the rest agrees.)"""
     is_int8 = settings.engine.precision == "int8"
     return {
@@ -243,7 +249,7 @@ class _Labeler:
     def __init__(
         self,
         settings: ClassifySettings,
-        bundle: Bundle,
+        bundle: StoredBundle,
         source: Source,
         resources: contextlib.ExitStack,
         *,
@@ -263,7 +269,7 @@ class _Labeler:
             from cnnray.cluster.classify.small_runs import SmallRunLabeler, may_run_here
 
             if may_run_here(self.settings):
-                small = SmallRunLabeler(self.settings, self.bundle, source=self.source)
+                small = SmallRunLabeler(self.settings, self.bundle.load(), source=self.source)
                 yield from small.label(run, parts)
                 if small.is_whole:
                     return

@@ -20,7 +20,7 @@ from cnnray.config import ClassifySettings
 from cnnray.datasets.sources import Source
 from cnnray.labeling.commit import Run
 from cnnray.labeling.units import plan_units
-from cnnray.models.bundle import Bundle
+from cnnray.models.bundle import StoredBundle
 from cnnray.storage import open_store
 
 
@@ -33,7 +33,7 @@ class ClusterLabeler:
     def __init__(
         self,
         settings: ClassifySettings,
-        bundle: Bundle,
+        bundle: StoredBundle,
         *,
         source: Source,
         resources: contextlib.ExitStack,
