@@ -170,7 +170,7 @@ def map_units(
                 min(number, len(units)) for number in (stage.min_workers, stage.max_workers)
             )
             dataset = dataset.map_batches(
-                stage.actor,
+                _with_late_errors(stage.actor),
                 fn_constructor_kwargs=stage.arguments,
                 batch_size=None,
                 batch_format="pyarrow",
@@ -186,6 +186,30 @@ def map_units(
                 max_task_retries=-1,
             )
     yield from _blocks(dataset, stall_seconds=stall_seconds)
+
+
+def _with_late_errors(actor: type) -> type:
+    """The same class, but a ``CnnrayError`` of its constructor is raised by the first call.
+
+    Of an actor that does not come up, Ray prints the stacks, and goes on asking where it is.
+    """
+
+    class Late(actor):  # type: ignore[misc]
+        mistake: CnnrayError | None = None
+
+        def __init__(self, **arguments: Any) -> None:
+            try:
+                super().__init__(**arguments)
+            except CnnrayError as error:
+                self.mistake = error
+
+        def __call__(self, table: pa.Table) -> Any:
+            if self.mistake is not None:
+                raise self.mistake
+            return super().__call__(table)
+
+    Late.__name__ = Late.__qualname__ = actor.__name__
+    return Late
 
 
 def map_items(

@@ -136,12 +136,12 @@ class Failing(Add):
         raise self.error
 
 
-def test_the_error_of_an_actor_is_raised_as_it_is():
+@pytest.mark.parametrize("at_start", [False, True])
+def test_the_error_of_an_actor_is_raised_as_it_is(at_start):
     error = DataError("the shard is damaged", hint="pack it again")
+    stage = Stage(Failing, {"error": error, "at_start": at_start}, 1, 1, 1.0)
     with pytest.raises(DataError, match="the shard is damaged\nhint: pack it again"):
-        numbers(
-            map_units(tables(2), [Stage(Failing, {"error": error}, 1, 1, 1.0)], stall_seconds=60)
-        )
+        numbers(map_units(tables(2), [stage], stall_seconds=60))
 
 
 def test_a_bug_and_an_actor_that_cannot_start_are_named():
