@@ -15,7 +15,6 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import torch
 from torch import nn
-from torchvision.transforms import v2
 
 from cnnray.errors import SettingsError
 from cnnray.images.decode import decode_image
@@ -51,8 +50,7 @@ class TrainTransform:
                 f"augment.pad {pad} is not smaller than the image, {size} px",
                 hint="lower --augment.pad or raise --image.size",
             )
-        self._window = _build_window(preprocessing, augmentation)
-        self._steps = _build_steps(preprocessing, augmentation)
+        self._window, self._steps = _build_steps(preprocessing, augmentation)
 
     @property
     def is_quick(self) -> bool:
@@ -111,46 +109,17 @@ def copy_key(key: str, copy: int) -> str:
     return f"{key}\0{copy}" if copy else key
 
 
-def _build_window(
+def _build_steps(
     preprocessing: Preprocessing, augmentation: Augmentation
-) -> v2.RandomResizedCrop | None:
-    if augmentation.crop != "random_resized":
-        return None
-    return v2.RandomResizedCrop(
-        preprocessing.size,
-        scale=(augmentation.scale_min, 1.0),
-        ratio=(1 / augmentation.ratio_max, augmentation.ratio_max),
-        interpolation=v2.InterpolationMode(preprocessing.interpolation),
-        antialias=True,
-    )
+) -> tuple[nn.Module | None, list[nn.Module]]:
+    """What takes a part of an image, if anything, and what happens to it after shifts and flips."""
+    how = augmentation
+    is_plain = how.crop != "random_resized" and how.policy == "none"
+    if is_plain and not (how.rotation or how.color_jitter or how.erasing):
+        return None, []
+    from cnnray.images.random_steps import build_steps, build_window
 
-
-def _build_steps(preprocessing: Preprocessing, augmentation: Augmentation) -> list[nn.Module]:
-    """What happens to an image after it was shifted and flipped."""
-    mean_color = [255 * value for value in preprocessing.mean]
-    steps: list[nn.Module] = []
-    if augmentation.rotation:
-        bilinear = v2.InterpolationMode.BILINEAR
-        steps.append(v2.RandomRotation(augmentation.rotation, bilinear, fill=mean_color))
-    steps += _policy_steps(augmentation, mean_color)
-    if strength := augmentation.color_jitter:
-        steps.append(v2.ColorJitter(strength, strength, strength, strength / 4))
-    if augmentation.erasing:
-        steps.append(v2.RandomErasing(augmentation.erasing, value=mean_color))
-    return steps
-
-
-def _policy_steps(augmentation: Augmentation, fill: list[float]) -> list[nn.Module]:
-    bilinear = v2.InterpolationMode.BILINEAR
-    if augmentation.policy == "randaugment":
-        ops, magnitude = augmentation.policy_ops, augmentation.policy_magnitude
-        return [v2.RandAugment(ops, magnitude, interpolation=bilinear, fill=fill)]
-    if augmentation.policy == "trivialaugment":
-        return [v2.TrivialAugmentWide(interpolation=bilinear, fill=fill)]
-    if augmentation.policy == "augmix":
-        severity = max(1, round(augmentation.policy_magnitude / 3))  # of 10; the paper's is 3
-        return [v2.AugMix(severity, interpolation=bilinear, fill=fill)]
-    return []
+    return build_window(preprocessing, how), build_steps(preprocessing, how)
 
 
 def _image_seed(seed: int, *, epoch: int, key: str) -> int:
