@@ -1,9 +1,9 @@
 """The classify job: workers read, decode and label; the driver alone writes.
 
 Plan, publish and commit are ``cnnray.labeling``'s: a driver may be killed anywhere, and run twice.
-Torch and Ray take seconds to import and to start. So nothing here imports them: a thread opens the
-model while this one lists the images and, for a run that is sure to be large, starts Ray. (Not the
-other way round: Ray's core keeps a SIGTERM handler of its own unless it starts in the main thread.)
+Torch and Ray take seconds to import and to start. So nothing here imports them, and for a run that
+is sure to be large a thread opens the model while this one starts Ray. (Not the other way round:
+Ray's core keeps a SIGTERM handler of its own unless it starts in the main thread.)
 """
 
 from __future__ import annotations
@@ -120,9 +120,8 @@ def _open_bundle(
 
     with ThreadPoolExecutor(1) as thread:
         opening = thread.submit(_import_and_open, settings.model)
-        importing = thread.submit(importlib.import_module, "cnnray.cluster.classify.on_cluster")
+        thread.submit(importlib.import_module, "cnnray.cluster.classify.on_cluster")
         resources.enter_context(ray_cluster(settings.cluster))
-        importing.result()
         return opening.result()
 
 

@@ -80,6 +80,9 @@ def make_feed(folder: Path, action: str) -> SplitFeed:
     return SplitFeed(reader, sampler, StreamedSplit(reader, AHEAD), unit_rows=4)
 
 
+WHAT = r"'photo 5.png' of .* cannot be decoded any more: .*\nhint: pack the dataset again"
+
+
 @pytest.mark.parametrize(
     ("action", "reason"),
     [
@@ -89,11 +92,11 @@ def make_feed(folder: Path, action: str) -> SplitFeed:
     ],
 )
 def test_an_image_that_harms_its_decoder_is_named_while_it_is_streamed(tmp_path, action, reason):
-    what = rf"'photo 5.png' of .* cannot be decoded any more: .*{reason}.*\nhint: pack the dataset"
-    with pytest.raises(DataError, match=what):
+    with pytest.raises(DataError, match=WHAT) as failure:
         list(make_feed(tmp_path, action).share(0, 1))
+    assert reason in str(failure.value)
 
 
 def test_an_image_that_kills_its_decoder_is_named_while_a_split_is_decoded_once(tmp_path):
-    with pytest.raises(DataError, match=r"'photo 5.png' of .* cannot be decoded any more"):
+    with pytest.raises(DataError, match=WHAT):
         decode_once(make_feed(tmp_path, "abort"), stall_seconds=100)
